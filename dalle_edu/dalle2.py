@@ -13,7 +13,7 @@ from .dalle import Pipeline, noise
 from .decoder import Decoder, sample_pixels
 from .unclip_prior import UnCLIPPrior, sample_embedding
 
-# %% ../nbs/16_dalle2.ipynb #86c0e9be
+# %% ../nbs/16_dalle2.ipynb #41690052
 class DALLE2(Pipeline):
     "Caption -> CLIP text embedding -> CLIP image embedding -> picture (Ramesh et al. 2022)"
     name,parts = 'dalle2',dict(clip=CLIP, unclip_prior=UnCLIPPrior, decoder=Decoder)
@@ -39,7 +39,7 @@ class DALLE2(Pipeline):
         rerank:int=1,              # draw `rerank*n`, keep the `n` that CLIP finds nearest, best first; 1 chooses nothing
         px:int=32,                 # side of the pictures: what the models were trained at
         prior_guidance:float=1.,   # of the prior: how far to lean on the caption
-        steps:int=50,              # of the decoder
+        steps:int=30,              # of the decoder
         prior_steps:int=25,        # of the prior
         progress=None,             # wraps the iterable of the decoder's steps, such as tqdm
     )->Tensor:                     # (B,n,3,px,px) in [-1,1]

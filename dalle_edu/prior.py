@@ -13,11 +13,11 @@ from torch import nn, Tensor
 from .core import Pretrained, rng
 from .transformer import Cache, Transformer, TransformerConfig
 
-# %% ../nbs/09_prior.ipynb #30e8394d
+# %% ../nbs/09_prior.ipynb #db0355f1
 @dataclass(frozen=True)
 class PriorConfig:
     "Sizes of the stream and of the transformer that reads it"
-    V:int=512              # Text vocabulary; pad is 0, start V-2, end V-1
+    V:int=200              # Text vocabulary; pad is 0, start V-2, end V-1
     L:int=32               # Text tokens, pads included
     K:int=512              # Code words
     h:int=8                # Rows of the code grid
@@ -146,7 +146,7 @@ def pick(
     cdf = logits.softmax(-1).cumsum(-1)                                      # (B,K)
     return torch.searchsorted(cdf, u.clamp(max=1-1e-6)[:,None]*cdf[:,-1:], right=True)[:,0]  # below the last sum, whatever the rounding
 
-# %% ../nbs/09_prior.ipynb #f4d7ece9
+# %% ../nbs/09_prior.ipynb #4c627db2
 @torch.no_grad()
 def sample_codes(
     model:Prior,
@@ -161,8 +161,10 @@ def sample_codes(
     "One code word after the other, with a key–value cache. A row depends on its own caption and numbers alone (up to rounding)"
     cfg,B = model.cfg,len(ids)
     model.check(ids)
+    if ids.min() < 0 or ids.max() >= cfg.V: raise ValueError(f'ids in [{ids.min()}, {ids.max()}]: this prior reads 0 to {cfg.V-1}, so another tokenizer wrote them')
     if uniforms.shape != (B,cfg.N): raise ValueError(f'uniforms of shape {tuple(uniforms.shape)}: need ({B},{cfg.N}), a number for each image token')
-    if temperature <= 0: raise ValueError(f'temperature {temperature}: must be above 0')
+    if not temperature > 0: raise ValueError(f'temperature {temperature}: must be above 0')
+    if not 0 <= guidance < math.inf: raise ValueError(f'guidance {guidance}: must be 0 or more, 1 for none')
     if top_k is not None and not 1 <= top_k <= cfg.K: raise ValueError(f'top_k {top_k}: must be 1 to {cfg.K}, or None for all')
     codes = ids.new_zeros(B, 0) if given is None else given
     if codes.ndim != 2 or len(codes) != B or codes.shape[1] >= cfg.N: raise ValueError(f'given codes of shape {tuple(codes.shape)}: need ({B},m), m below {cfg.N}')

@@ -59,6 +59,7 @@ def test_schedules_start_end_and_stay(step, steps):
     cfg = DVAEConfig(tau_steps=steps, beta_steps=steps)
     assert temperature(0, cfg) == 1 and temperature(steps+step, cfg) == cfg.tau
     assert kl_weight(steps+step, cfg) == pytest.approx(cfg.beta)
+    assert kl_weight(0, cfg) == cfg.beta0
     assert cfg.tau <= temperature(step+1, cfg) <= temperature(step, cfg) <= 1
     assert cosine(0, 0, 1., 2.) == 1. and cosine(1, 0, 1., 2.) == 2.                        # no division by no steps
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PriorConfig', 'Prior', 'prior_loss', 'blank', 'batches', 'recipe', 'pick', 'sample_codes']
 
-# %% ../nbs/09_prior.ipynb #dd44da04
+# %% ../nbs/09_prior.ipynb #c9d260a4
 import math, torch
 import torch.nn.functional as F
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from .core import Pretrained, rng
 from .transformer import Cache, Transformer, TransformerConfig
 
-# %% ../nbs/09_prior.ipynb #db0355f1
+# %% ../nbs/09_prior.ipynb #5818c902
 @dataclass(frozen=True)
 class PriorConfig:
     "Sizes of the stream and of the transformer that reads it"
@@ -39,7 +39,7 @@ class PriorConfig:
         if name not in sizes: raise ValueError(f'no prior of size {name!r}: use one of {sorted(sizes)}')
         return cls(**sizes[name])
 
-# %% ../nbs/09_prior.ipynb #6de19450
+# %% ../nbs/09_prior.ipynb #b78884b8
 class Prior(Pretrained, nn.Module):
     "One causal stream, text tokens and then image tokens (Ramesh et al. 2021, §2.2), with dense attention in every layer"
     name,config_class = 'prior',PriorConfig
@@ -86,7 +86,7 @@ class Prior(Pretrained, nn.Module):
         "Refuse ids that this model cannot read"
         if ids.ndim != 2 or ids.shape[1] != self.cfg.L: raise ValueError(f'ids of shape {tuple(ids.shape)}: need (B,{self.cfg.L}), as the tokenizer gives them')
 
-# %% ../nbs/09_prior.ipynb #73cc60b5
+# %% ../nbs/09_prior.ipynb #8d3a2c1b
 def prior_loss(
     model:Prior, # or a wrapper that keeps it as `.module`
     batch:dict,  # 'ids' (B,L) and 'codes' (B,h,w)
@@ -101,7 +101,7 @@ def prior_loss(
     image = F.cross_entropy(image.flatten(0, 1), codes.flatten())
     return w*text + (1-w)*image,dict(text=text.detach(), image=image.detach()*codes.shape[1])
 
-# %% ../nbs/09_prior.ipynb #b8848fe4
+# %% ../nbs/09_prior.ipynb #576d21db
 def blank(
     V:int, # text vocabulary: start is V-2, end V-1
     L:int, # text tokens
@@ -127,13 +127,13 @@ def recipe(
     size:str='laptop', # 'laptop', 'gpu' or 'paper'
 )->dict:               # keyword arguments of `fit`
     "How each size is trained"
-    recipes = dict(laptop=dict(steps=6000, batch=64, lr=1.5e-3, precision='bf16'),
+    recipes = dict(laptop=dict(steps=9000, batch=32, lr=1e-3),
                    gpu=dict(steps=30_000, batch=256, lr=6e-4, warmup=1000, weight_decay=4.5e-2, precision='bf16'),
                    paper=dict(steps=430_000, batch=1024, lr=4.5e-4, warmup=5000, weight_decay=4.5e-2, betas=(.9,.96), clip=4., precision='bf16'))
     if size not in recipes: raise ValueError(f'no recipe for size {size!r}: use one of {sorted(recipes)}')
     return recipes[size]
 
-# %% ../nbs/09_prior.ipynb #4649a9cf
+# %% ../nbs/09_prior.ipynb #75a6b5a3
 def pick(
     logits:Tensor,         # (B,K)
     u:Tensor,              # (B,) uniform numbers in [0,1)
@@ -146,7 +146,7 @@ def pick(
     cdf = logits.softmax(-1).cumsum(-1)                                      # (B,K)
     return torch.searchsorted(cdf, u.clamp(max=1-1e-6)[:,None]*cdf[:,-1:], right=True)[:,0]  # below the last sum, whatever the rounding
 
-# %% ../nbs/09_prior.ipynb #4c627db2
+# %% ../nbs/09_prior.ipynb #379adaa6
 @torch.no_grad()
 def sample_codes(
     model:Prior,

@@ -8,7 +8,7 @@ __all__ = ['SHAPES', 'COLORS', 'FILLS', 'SIZES', 'BACKGROUNDS', 'INVERSE', 'NUMB
            'parse', 'distance', 'coverage', 'check', 'render', 'residual', 'read_scenes', 'describe', 'shows',
            'matches', 'score', 'draw_batch', 'alter']
 
-# %% ../nbs/01_shapes.ipynb #e009ec36
+# %% ../nbs/01_shapes.ipynb #776178e0
 import hashlib, math, random
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from functools import cache
 from itertools import permutations
 from torch import Tensor
 
-# %% ../nbs/01_shapes.ipynb #816a6c93
+# %% ../nbs/01_shapes.ipynb #5ae5768e
 SHAPES = 'circle square triangle star cross moon heart diamond'.split()
 COLORS = dict(red=(.86,.10,.12), orange=(.98,.52,.05), yellow=(.98,.87,.08), green=(.10,.60,.22),
               cyan=(.12,.76,.88), blue=(.12,.28,.88), purple=(.52,.18,.74), pink=(1.,.42,.72))
@@ -27,7 +27,7 @@ INVERSE = {'left of':'right of', 'right of':'left of', 'above':'below', 'below':
 NUMBERS = 'one two three four five six seven eight nine'.split()
 NOVEL = tuple((s, list(COLORS)[(3*i+1)%8]) for i,s in enumerate(SHAPES)) # each shape and each colour once
 
-# %% ../nbs/01_shapes.ipynb #3bbef082
+# %% ../nbs/01_shapes.ipynb #0f16823d
 @dataclass(frozen=True)
 class Thing:
     "One object; an attribute that nobody stated is `None`"
@@ -63,7 +63,7 @@ class Scene:
         if rel in ('right of','below'): things,rel = things[::-1],INVERSE[rel]
         return self.kind,tuple(things),rel,self.background
 
-# %% ../nbs/01_shapes.ipynb #7f21558e
+# %% ../nbs/01_shapes.ipynb #6553736a
 def split_of(
     scene:Scene, # a whole scene; its places do not count
 )->str:          # `'novel'`, `'val'` or `'train'`
@@ -72,7 +72,7 @@ def split_of(
     h = hashlib.sha256(repr(scene.attributes).encode()).digest()
     return 'val' if h[0]*256+h[1] < 6554 else 'train' # a tenth
 
-# %% ../nbs/01_shapes.ipynb #e2d4a672
+# %% ../nbs/01_shapes.ipynb #1a59bf15
 ALONE = dict(small=6/32, large=9.5/32)  # radius of a single object, share of the side
 CELL = dict(small=4.6/32, large=6.2/32) # radius of an object that shares the picture
 CROWD = dict(small=3.3/32, large=4.3/32) # radius of one of five to nine
@@ -101,9 +101,9 @@ def lay_out(
     half,cells = .5/side,rnd.sample(range(side*side), n)
     return replace(scene, things=tuple(_place(t, (c%side*2+1)*half, (c//side*2+1)*half, half, half, .06, radius, rnd) for t,c in zip(ts, cells)))
 
-def _draw_attributes(kind, rnd):
-    pick = lambda: Thing(rnd.choice(SHAPES), rnd.choice(list(COLORS)), rnd.choice(FILLS), rnd.choice(SIZES))
-    a,background = pick(),rnd.choice(list(BACKGROUNDS))
+def _draw_attributes(kind, rnd, colors=tuple(COLORS), backgrounds=tuple(BACKGROUNDS)):
+    pick = lambda: Thing(rnd.choice(SHAPES), rnd.choice(colors), rnd.choice(FILLS), rnd.choice(SIZES))
+    a,background = pick(),rnd.choice(backgrounds)
     if kind=='one': return Scene((a,), None, background)
     if kind=='count': return Scene((a,)*rnd.randint(2,4), None, background)
     b = pick()
@@ -115,20 +115,22 @@ def sample_scenes(
     split:str='train', # `'train'`, `'val'` or `'novel'`
     seed=0,            # a number or a string; the same seed gives the same scenes
     kind:str=None,     # `'one'`, `'two'`, `'count'`, or a mixture of 40, 40 and 20 %
+    corner:bool=False, # take two colours and one background alone, drawn from the seed
 )->list:               # `Scene`s with places
     "Draw scenes of one split"
     if split not in ('train','val','novel'): raise ValueError(f"unknown split {split!r}: 'train', 'val' or 'novel'")
     if kind not in (None,'one','two','count'): raise ValueError(f"unknown kind {kind!r}: 'one', 'two', 'count' or None")
     if n<0: raise ValueError(f'cannot draw {n} scenes: n must be 0 or more')
     rnd,res = random.Random(f'{seed} {split} {kind}'),[]
+    among = (rnd.sample(list(COLORS), 2),rnd.sample(list(BACKGROUNDS), 1)) if corner else ()
     while len(res)<n:
         k = kind or rnd.choices(('one','two','count'), (4,4,2))[0]
-        scene = _draw_attributes(k, rnd)
-        while split_of(scene)!=split: scene = _draw_attributes(k, rnd)
+        scene = _draw_attributes(k, rnd, *among)
+        while split_of(scene)!=split: scene = _draw_attributes(k, rnd, *among)
         res.append(lay_out(scene, rnd))
     return res
 
-# %% ../nbs/01_shapes.ipynb #d28007d1
+# %% ../nbs/01_shapes.ipynb #9bc96ce8
 def _plural(s): return s+('es' if s=='cross' else 's')
 
 def _noun(thing, n=1):
@@ -163,7 +165,7 @@ def caption(
     if scene.background is None: return text
     return f'a {scene.background} background with {text}' if form==2 else f'{text} on a {scene.background} background'
 
-# %% ../nbs/01_shapes.ipynb #e76a6e7c
+# %% ../nbs/01_shapes.ipynb #7d43f7c5
 class _Words:
     "Words of a caption, taken from the left; a word that cannot stand is refused with those that could"
     def __init__(self, text): self.text,self.words,self.i = text,text.split(' '),0
@@ -217,7 +219,7 @@ def parse(
     if w.i<len(w.words): w.refuse('the end')
     return Scene(things, rel, background)
 
-# %% ../nbs/01_shapes.ipynb #23093ca6
+# %% ../nbs/01_shapes.ipynb #42bfb4d0
 def _star(x, y, inner=.58, points=5):
     sector = 2*math.pi/points
     a,rho = torch.atan2(x, -y),torch.hypot(x, y)
@@ -249,7 +251,7 @@ def distance(
     if shape=='heart': return _heart(x, y)
     raise ValueError(f"unknown shape {shape!r}: one of {', '.join(SHAPES)}")
 
-# %% ../nbs/01_shapes.ipynb #2dae46b6
+# %% ../nbs/01_shapes.ipynb #9e7e5d00
 TONE = .42 # the darker tone of a stripe, share of the colour
 
 def coverage(
@@ -271,7 +273,7 @@ def coverage(
     light = (.5+(.25-(p-p.round()).abs())*period/pixel).clamp(0, 1)
     return inside*light,inside*(1-light)
 
-# %% ../nbs/01_shapes.ipynb #dfac1c52
+# %% ../nbs/01_shapes.ipynb #bbb8a3a5
 def check(
     scene:Scene, # a scene to be drawn
 ):
@@ -322,7 +324,7 @@ def render(
     for s in scenes: check(s)
     return _paint(scenes, px, device, {**COLORS, **(colors or {})}, line)
 
-# %% ../nbs/01_shapes.ipynb #80e74f24
+# %% ../nbs/01_shapes.ipynb #aa49fd5f
 SIDE = 32 # the judge reads at 32 px
 
 def _blur(x, sigma):
@@ -352,7 +354,7 @@ def _layouts(far):
         res.append(sorted((k for k in fit if fit[k]>.05), key=fit.get, reverse=True))
     return res
 
-# %% ../nbs/01_shapes.ipynb #a240dea8
+# %% ../nbs/01_shapes.ipynb #b05d9a73
 def _segment(x, a, b):
     "Squared distance of pixels x (n,3,P) from the segments between colours a and b (n,3,1)"
     t = (((x-a)*(b-a)).sum(1, keepdim=True)/((b-a)**2).sum(1, keepdim=True).clamp(min=1e-6)).clamp(0, 1)
@@ -376,7 +378,7 @@ def _span(profile):
         return i+.5-((here-.5)/(here-before).clamp(min=1e-3)).clamp(0, 1)
     return first(profile),P-first(profile.flip(1))
 
-# %% ../nbs/01_shapes.ipynb #acecd6e8
+# %% ../nbs/01_shapes.ipynb #47a1e66e
 @cache
 def _boxes():
     "The box of each silhouette in radii: x0,x1,y0,y1"
@@ -410,7 +412,7 @@ class _Fit:
                 res.append((e*pick(self.w)).sum(-1))
         return torch.stack(res, -1)                                        # (m,k,6)
 
-# %% ../nbs/01_shapes.ipynb #dcc6ba05
+# %% ../nbs/01_shapes.ipynb #ac851270
 def _search(fit, guess, low, high, tries=3):
     "(n,8,k,3) guesses of the place for each shape -> shape, fill, place with the least error; radii from low to high"
     n = len(guess)
@@ -472,7 +474,7 @@ def _read_things(x, back, far, jobs, radius, window):
         res.append(Thing(SHAPES[s], names[tuple(round(v, 4) for v in c)], FILLS[f], None, (cx+ox)/SIDE, (cy+oy)/SIDE, r/SIDE))
     return res
 
-# %% ../nbs/01_shapes.ipynb #93a3189a
+# %% ../nbs/01_shapes.ipynb #e9f8fa0a
 def _sized(thing, radius):
     return replace(thing, size='small' if thing.r<math.sqrt(radius['small']*radius['large']) else 'large')
 
@@ -499,7 +501,7 @@ def residual(
 
 TOLERANCE = .18 # the largest residual that counts as explained
 
-# %% ../nbs/01_shapes.ipynb #0dbabdca
+# %% ../nbs/01_shapes.ipynb #b8787849
 def _read(x, back, far, names, layouts):
     "One scene or `None` for each picture, given its layout"
     full = lambda i,c: (far[i,c[1]:c[3],c[0]:c[2]]>.2).sum()>=6
@@ -546,7 +548,7 @@ def describe(
     if image.ndim!=3: raise ValueError(f'describe reads one picture (3,H,W), not {tuple(image.shape)}')
     return read_scenes(image[None])[0]
 
-# %% ../nbs/01_shapes.ipynb #6cb06663
+# %% ../nbs/01_shapes.ipynb #5f94f37e
 def _agrees(shown, stated): return all(s in (None,h) for h,s in zip(shown.attributes, stated.attributes))
 
 def _stands(a, b, relation):
@@ -587,7 +589,7 @@ def _wilson(k, n, z=1.96):
     mid,half = (p+z*z/2/n)/(1+z*z/n),z/(1+z*z/n)*math.sqrt(p*(1-p)/n+z*z/4/n/n)
     return dict(share=p, low=max(0., mid-half), high=min(1., mid+half), n=n)
 
-# %% ../nbs/01_shapes.ipynb #f5a71193
+# %% ../nbs/01_shapes.ipynb #294dae08
 def draw_batch(
     seed:int,         # of the run
     step:int,         # of the training
@@ -596,13 +598,15 @@ def draw_batch(
     px:int=32,        # side in pixels
     kind:str=None,    # as for `sample_scenes`
     full:float=.5,    # share of full captions; the others leave attributes out
+    corner:float=0.,  # share of batches from a corner of the world: two colours, one background, so that shapes must tell the pictures apart
 )->tuple:             # (n,3,px,px) pixels in [-1,1], and a list of n captions
     "Training pictures with captions: a function of its arguments, so that a resumed run sees the same"
-    scenes = sample_scenes(n, seed=f'{seed} {step} {rank}', kind=kind)
     rnd = random.Random(f'captions {seed} {step} {rank}')
+    near = corner>0 and random.Random(f'corner {seed} {step}').random()<corner
+    scenes = sample_scenes(n, seed=f'{seed} {step} {rank}', kind=kind, corner=near)
     return render(scenes, px),[caption(s, None if rnd.random()<full else rnd.random()) for s in scenes]
 
-# %% ../nbs/01_shapes.ipynb #a0e945f5
+# %% ../nbs/01_shapes.ipynb #4abe522a
 def alter(
     scene:Scene,       # with attributes; places are kept
     rnd:random.Random, # what to change, and into what

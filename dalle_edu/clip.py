@@ -21,13 +21,14 @@ def contrastive_loss(
     logit_scale:Tensor, # the logarithm of the scale of the cosines
 )->Tensor:              # scalar, nats
     "Mean of two cross-entropies: which caption for each picture, which picture for each caption (Radford et al. 2021, §2.3, Fig. 3)"
-    if image_emb.shape!=text_emb.shape: raise ValueError(f'{tuple(image_emb.shape)} pictures and {tuple(text_emb.shape)} captions: one caption for each picture, of the same width')
+    if image_emb.shape!=text_emb.shape or image_emb.ndim!=2: raise ValueError(f'{tuple(image_emb.shape)} pictures and {tuple(text_emb.shape)} captions: both must be (B,E), one caption for each picture')
     B = len(image_emb)
     if B<2: raise ValueError(f'a batch of {B} has nothing to compare with: at least 2 pairs')
-    image_emb,text_emb = F.normalize(image_emb.float(), dim=-1),F.normalize(text_emb.float(), dim=-1)
-    logits = logit_scale.exp()*image_emb@text_emb.T                        # (B,B)
-    labels = torch.arange(B, device=logits.device)
-    return (F.cross_entropy(logits, labels)+F.cross_entropy(logits.T, labels))/2
+    with torch.autocast(image_emb.device.type, enabled=False):
+        image_emb,text_emb = F.normalize(image_emb.float(), dim=-1),F.normalize(text_emb.float(), dim=-1)
+        logits = logit_scale.exp()*image_emb@text_emb.T                    # (B,B)
+        labels = torch.arange(B, device=logits.device)
+        return (F.cross_entropy(logits, labels)+F.cross_entropy(logits.T, labels))/2
 
 # %% ../nbs/05_clip.ipynb #ede51c81
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class CLIPConfig:
         if name not in sizes: raise ValueError(f'no CLIP of size {name!r}: use one of {sorted(sizes)}')
         return cls(**sizes[name])
 
+# %% ../nbs/05_clip.ipynb #5960bd44
 class ImageTower(nn.Module):
     "Patches, a class token, blocks; the class token is the embedding (ViT, as CLIP has it)"
     def __init__(self, cfg):
@@ -76,9 +78,10 @@ class ImageTower(nn.Module):
         B,C,H,W = x.shape
         x = self.patches(x).flatten(2).transpose(1, 2)                     # (B,N,D)
         x = torch.cat([self.cls.expand(B, 1, -1).to(x.dtype), x], 1)+self.pos
-        x = self.body(self.ln_pre(x))
+        x = self.body(self.ln_pre(x), at=torch.zeros(B, dtype=torch.long, device=x.device))
         return self.proj(self.ln_post(x[:,0]))                             # (B,E)
 
+# %% ../nbs/05_clip.ipynb #94b68007
 class TextTower(nn.Module):
     "Causal, so that the end token has seen the whole caption and no pad; it is the embedding"
     def __init__(self, cfg):
@@ -91,11 +94,10 @@ class TextTower(nn.Module):
         nn.init.normal_(self.proj.weight, std=D**-.5)
 
     def forward(self, ids):
-        ids = ids[:,:int(ids.argmax(-1).max())+1]                          # what follows every end token changes nothing: the tower is causal
-        B,L = ids.shape
-        x = self.body(self.token(ids)+self.pos[:L])                        # (B,L,D)
-        x = x[torch.arange(B, device=ids.device),ids.argmax(-1)]           # at the end token
-        return self.proj(self.ln_final(x))                                 # (B,E)
+        end = ids.argmax(-1)                                               # (B,)
+        if ids.device.type=='cpu': ids = ids[:,:int(end.max())+1]          # what follows every end token changes nothing: the tower is causal
+        x = self.token(ids)+self.pos[:ids.shape[1]]                        # (B,L,D)
+        return self.proj(self.ln_final(self.body(x, at=end)[:,0]))         # (B,E)
 
 # %% ../nbs/05_clip.ipynb #64364d53
 class CLIP(Pretrained, nn.Module):
@@ -114,15 +116,28 @@ class CLIP(Pretrained, nn.Module):
         "Embed pictures"
         px = self.cfg.px
         if x.ndim!=4 or x.shape[1:]!=(3,px,px): raise ValueError(f'this CLIP sees pictures of shape (B,3,{px},{px}), not {tuple(x.shape)}: resize them first')
+        if not len(x): raise ValueError('an empty batch: give at least one picture')
         if not x.is_floating_point(): raise ValueError(f'pictures are floats in [-1,1], not {x.dtype}: divide by 127.5 and subtract 1')
+        if not self.training:
+            low,high = (v.item() for v in x.aminmax())
+            if not -math.inf<low<=high<math.inf: raise ValueError(f'pixels from {low} to {high}: a picture holds what is not a finite number')
+            if max(-low, high)>10: raise ValueError(f'pixels from {low:.4g} to {high:.4g}, expected [-1,1]: bytes are divided by 127.5, minus 1')
         return self.image(x)
 
     def encode_text(
         self,
-        ids:Tensor, # (B,L) int64
+        ids:Tensor, # (B,L) int64, each row with its end token
     )->Tensor:      # (B,E), not normalised
         "Embed captions"
-        if ids.ndim!=2 or ids.shape[1]>self.cfg.L: raise ValueError(f'this CLIP reads ids of shape (B,L) with L at most {self.cfg.L}, not {tuple(ids.shape)}')
+        V,L = self.cfg.V,self.cfg.L
+        if ids.ndim!=2 or not 1<=ids.shape[1]<=L: raise ValueError(f'this CLIP reads ids of shape (B,L) with L from 1 to {L}, not {tuple(ids.shape)}: shorten the caption')
+        if not len(ids): raise ValueError('an empty batch: give at least one caption')
+        if ids.is_floating_point(): raise ValueError(f'ids are whole numbers, not {ids.dtype}: encode captions with the tokenizer')
+        if not self.training:
+            low,high = (v.item() for v in ids.aminmax())
+            if low<0 or high>=V: raise ValueError(f'ids from {low} to {high}, but the vocabulary is 0 to {V-1}: encode with the tokenizer that this CLIP was trained with')
+            endless = (ids.amax(1)<V-1).nonzero()
+            if len(endless): raise ValueError(f'caption {endless[0].item()} has no end token ({V-1}): encode it with the tokenizer, and do not cut it')
         return self.text(ids)
 
     def forward(self, x, ids): return self.encode_image(x),self.encode_text(ids)
@@ -150,14 +165,15 @@ def clip_loss(
     "The contrastive loss of a batch; the scale is kept at 100 at most (Radford et al. 2021, §2.5). It grows by ln 2 when the batch doubles"
     with torch.no_grad(): model.logit_scale.clamp_(max=math.log(100))
     loss = contrastive_loss(*model(batch['pixels'], batch['ids']), model.logit_scale)
-    return loss,dict(scale=model.logit_scale.exp())
+    return loss,dict(scale=model.logit_scale.detach().exp())
 clip_loss.pools_batch = True
 
+# %% ../nbs/05_clip.ipynb #2f4f2d74
 def recipe(
-    size:str, # 'laptop' or 'gpu'
-)->dict:      # keyword arguments of `fit`
+    size:str='laptop', # 'laptop' or 'gpu'
+)->dict:               # keyword arguments of `fit`
     "How a CLIP of that size is trained"
-    sizes = dict(laptop=dict(steps=2500, batch=128, lr=1e-3, warmup=200, weight_decay=.1, betas=(.9,.98), ema=.998),
+    sizes = dict(laptop=dict(steps=3000, batch=128, lr=1e-3, warmup=200, weight_decay=.1, betas=(.9,.98), ema=.998),
                  gpu=dict(steps=10_000, batch=2048, lr=1e-3, warmup=500, weight_decay=.2, betas=(.9,.98), ema=.999))
     if size not in sizes: raise ValueError(f'no recipe of size {size!r}: use one of {sorted(sizes)}')
     return sizes[size]

@@ -22,6 +22,8 @@ def rng(
     *key, # numbers and strings: `rng(seed, 'dalle', place, sample)`
 )->torch.Generator: # on the CPU, seeded by the key alone
     "A random generator that depends on nothing but its key"
+    for k in key:
+        if type(k) not in (int,float,str,bool): raise ValueError(f'{k!r} is a {type(k).__name__}, and a key is made of plain numbers and strings: turn it into one, as by int()')
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'big')>>1)
 
@@ -32,9 +34,9 @@ def pick_device(
     "Choose where to compute"
     if device is None: device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: device = torch.device(device)
-    except RuntimeError: raise ValueError(f"unknown device {device!r}: use 'cpu', 'cuda' or 'mps'") from None
-    there = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available).get(device.type, lambda: True)
-    if not there(): raise ValueError(f"device {str(device)!r} is not there on this machine: leave it out, or use 'cpu'")
+    except (RuntimeError,TypeError): raise ValueError(f"unknown device {device!r}: use 'cpu', 'cuda' or 'mps'") from None
+    there = dict(cuda=torch.cuda.device_count, mps=torch.backends.mps.is_available).get(device.type, lambda: 1)
+    if int(there())<=(device.index or 0): raise ValueError(f"device {str(device)!r} is not there on this machine: leave it out, or use 'cpu'")
     return device
 
 # %% ../nbs/00_core.ipynb #5b41aa6d
@@ -58,9 +60,18 @@ def to_uint8(
     return ((images.detach().float().cpu().clamp(-1, 1)+1)*127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 def _batch(images):
+    "A checked batch: one picture becomes a batch of one"
+    if not torch.is_tensor(images): raise ValueError(f'pictures are a tensor, not a {type(images).__name__}')
     images = images[None] if images.ndim==3 else images
-    if images.ndim!=4 or images.shape[1]!=3: raise ValueError(f'pictures are (B,3,H,W) or (3,H,W), not {tuple(images.shape)}')
+    if images.ndim!=4 or images.shape[1]!=3 or not len(images): raise ValueError(f'pictures are (B,3,H,W) or (3,H,W) with at least one, not {tuple(images.shape)}')
+    if not images.is_floating_point(): raise ValueError(f'pictures are floats in [-1,1], not {images.dtype}: bytes become so by x/127.5-1')
+    if images.isnan().any(): raise ValueError(f'{int(images.flatten(1).isnan().any(1).sum())} of {len(images)} pictures hold numbers that are none (NaN): look for them where the pictures were made')
     return images
+
+def _rows(n, ncols):
+    "Columns and rows of a grid of `n`"
+    if ncols<1: raise ValueError(f'{ncols} pictures in a row: at least 1')
+    return min(ncols, n),-(-n//min(ncols, n))
 
 def show(
     images:Tensor,     # (B,3,H,W) or (3,H,W) in [-1,1]
@@ -72,7 +83,8 @@ def show(
     import matplotlib.pyplot as plt
     from textwrap import fill
     ims = to_uint8(_batch(images)).numpy()
-    ncols = min(ncols, len(ims)); nrows = -(-len(ims)//ncols)
+    if titles is not None and len(titles)!=len(ims): raise ValueError(f'{len(titles)} titles for {len(ims)} pictures: one for each')
+    ncols,nrows = _rows(len(ims), ncols)
     size = size or max(.7, min(1.6, 11/ncols))
     tall = size*(1.35 if titles else 1.05)
     fig,axes = plt.subplots(nrows, ncols, figsize=(size*ncols, tall*nrows), squeeze=False)
@@ -90,21 +102,26 @@ def strip(
     "Draw pictures in one row"
     show(images, titles, ncols=len(_batch(images)))
 
+# %% ../nbs/00_core.ipynb #b8576b20
 def curve(
     history:list, # dicts with `step` and terms, as `fit` returns them
-    *keys,        # which terms; all but step and lr if left out
+    *keys,        # which terms; all but step, lr and seconds if left out
     ax=None,      # a matplotlib axis to draw on
     label='',     # put before each term's name
     **line,       # handed to matplotlib's `plot`
 ):
     "Draw terms of the loss against the step"
     import matplotlib.pyplot as plt
+    terms = [k for k in dict.fromkeys(k for h in history for k in h) if k not in ('step','lr','seconds')]
+    if not terms: raise ValueError('nothing to draw: the history holds no reports with terms')
+    missing = [k for k in keys if not any(k in h for h in history)]
+    if missing: raise ValueError(f'no report has {missing}: the terms are {terms}')
     ax = ax or plt.subplots(figsize=(5,2.5))[1]
-    for k in keys or [k for k in history[0] if k not in ('step','lr')]:
-        ax.plot([h['step'] for h in history if k in h], [h[k] for h in history if k in h], label=f'{label}{k}', **line)
+    for k in keys or terms: ax.plot([h['step'] for h in history if k in h], [h[k] for h in history if k in h], label=f'{label}{k}', **line)
     ax.set_xlabel('step'); ax.legend()
     return ax
 
+# %% ../nbs/00_core.ipynb #65ac6b58
 def save_png(
     images:Tensor,   # (B,3,H,W) in [-1,1]
     path,            # where to write
@@ -115,7 +132,8 @@ def save_png(
     "Write a grid of pictures as PNG, without matplotlib"
     from PIL import Image
     ims = to_uint8(_batch(images)); B,H,W,_ = ims.shape
-    ncols = min(ncols, B); nrows = -(-B//ncols)
+    if scale<1 or gap<0: raise ValueError(f'scale {scale} must be 1 or more, and gap {gap} 0 or more')
+    ncols,nrows = _rows(B, ncols)
     grid = torch.full((nrows*(H+gap)-gap, ncols*(W+gap)-gap, 3), 255, dtype=torch.uint8)
     for i,im in enumerate(ims): grid[i//ncols*(H+gap):,i%ncols*(W+gap):][:H,:W] = im
     grid = grid.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
@@ -140,9 +158,21 @@ def shipped_sizes(
 def _config(cls, values):
     "A frozen dataclass from what JSON left of it"
     if is_dataclass(values): return values
-    known = {f.name for f in fields(cls)}
-    if set(values)-known: raise ValueError(f'{cls.__name__} has no field {sorted(set(values)-known)}: the weights come from another version')
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k,v in values.items()})
+    if not isinstance(values, dict): raise ValueError(f"'cfg' of config.json is no {cls.__name__} but {values!r}: write the folder again")
+    known = {f.name:f.default for f in fields(cls)}
+    if values.keys()-known: raise ValueError(f'{cls.__name__} has no field {sorted(values.keys()-known)}: the weights come from another version')
+    values = {k: tuple(v) if isinstance(v, list) else v for k,v in values.items()}
+    for k,v in values.items():
+        if isinstance(known[k], (int,float,str,tuple)) and not isinstance(v, (int,float) if type(known[k]) is float else type(known[k])):
+            raise ValueError(f'{cls.__name__}.{k} of config.json is {v!r}, where {known[k]!r} or the like is wanted: the file is damaged or of another version')
+    return cls(**values)
+
+def _cast(name, v, dtype):
+    "A tensor as it goes into the file; numbers that the smaller type cannot hold are refused"
+    v = v.detach().cpu()
+    small = v.to(dtype) if dtype and v.is_floating_point() else v
+    if (small.isinf()&~v.isinf()).any(): raise ValueError(f'{name} holds {v.abs().max():.3g}, more than {dtype} can: save in torch.bfloat16 or in full precision')
+    return small.contiguous()
 
 def _fits(model, state, where):
     "Refuse a state dict that is not this model's, naming the first differences"
@@ -158,18 +188,18 @@ class Pretrained(PyTorchModelHubMixin):
 
     def save_pretrained(self, save_directory, *, dtype=None, **kwargs):
         "Write config.json and model.safetensors into a folder; `dtype=torch.float16` halves the file"
+        if dtype and not dtype.is_floating_point: raise ValueError(f'cannot save weights as {dtype}: use torch.float16, torch.bfloat16 or leave it out')
         self._save_dtype = dtype
-        return super().save_pretrained(save_directory, config={'cfg':asdict(self.cfg)}, **kwargs)
+        return super().save_pretrained(save_directory, **{**kwargs, 'config':{'cfg':asdict(self.cfg)}}) # push_to_hub gives a config of its own
 
     def _save_pretrained(self, save_directory):
-        dtype = getattr(self, '_save_dtype', None)
-        state = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).detach().cpu().contiguous() for k,v in self.state_dict().items()}
+        state = {k:_cast(k, v, getattr(self, '_save_dtype', None)) for k,v in self.state_dict().items()}
         with writing(Path(save_directory)/'model.safetensors') as tmp: save_file(state, tmp)
 
     def generate_model_card(self, *args, **kwargs):
         "A card of one line; trainings write their own"
         from huggingface_hub import ModelCard
-        return ModelCard(f'# {self.name}\n\nA model of dalle_edu: `{type(self).__name__}.from_pretrained(folder)`.\n')
+        return ModelCard(f'---\nlibrary_name: dalle_edu\n---\n\n# {self.name}\n\nA model of dalle_edu: `{type(self).__name__}.from_pretrained(folder)`.\n')
 
     @classmethod
     def from_pretrained(cls, name_or_path, **kwargs):
@@ -188,6 +218,8 @@ class Pretrained(PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id, cfg=None, map_location='cpu', revision=None, cache_dir=None, force_download=False, local_files_only=False, token=None, **kwargs):
+        unknown = kwargs.keys()-{'strict','proxies','resume_download'} # which older versions of the mixin hand on
+        if unknown: raise ValueError(f'{cls.__name__}.from_pretrained has no argument {sorted(unknown)}: sizes come from config.json, the device is map_location')
         if cfg is None: raise ValueError(f"{model_id} has no 'cfg' in its config.json: it is no {cls.__name__} of this package")
         model,file = cls(_config(cls.config_class, cfg)),Path(model_id)/'model.safetensors'
         if Path(model_id).is_dir():

@@ -31,29 +31,39 @@ class UNetConfig:
 
     def __post_init__(self):
         step = self.patch*2**(len(self.mults)-1)
-        if self.px%step: raise ValueError(f'{self.px} pixels cannot be halved as often: choose a side that {step} divides')
+        if self.px<1 or self.px%step: raise ValueError(f'{self.px} pixels cannot be halved as often: choose a side that {step} divides')
+        if self.D<4 or self.D%4: raise ValueError(f'D={self.D}: the norms have 4 groups, so choose a multiple of 4')
+        if set(self.attn)-set(self.sides): raise ValueError(f'attention at sides {tuple(self.attn)}: the levels of this network have sides {self.sides}')
+        if self.context and not self.attn: raise ValueError(f'context={self.context}: attention alone reads tokens, so name a side in attn')
+        for side,m in zip(self.sides, self.mults):
+            if side in self.attn and m*self.D%max(1, m*self.D//self.head): raise ValueError(f'{m*self.D} channels do not split into {m*self.D//self.head} heads: choose a head width that divides them')
 
     @property
     def E(self): return 4*self.D # width of the time embedding
+    @property
+    def sides(self): return tuple(self.px//self.patch//2**i for i in range(len(self.mults))) # of the levels
 
+# %% ../nbs/12_unet.ipynb #42e4c5d8
 def time_embedding(
     t:Tensor, # (B,) steps
     D:int,    # width, even
 )->Tensor:    # (B,D)
     "Sines and cosines of geometrically spaced frequencies (Vaswani et al. 2017, §3.5)"
+    if t.ndim!=1: raise ValueError(f't of shape {tuple(t.shape)}: give one step for each row, (B,)')
+    if D<2 or D%2: raise ValueError(f'D={D}: half of it are sines and half cosines, so choose an even number')
     freqs = torch.exp(-math.log(10_000)*torch.arange(D//2, device=t.device)/(D//2))
     a = t.float()[:,None]*freqs
     return torch.cat([a.cos(),a.sin()], 1)
 
+# %% ../nbs/12_unet.ipynb #6b12210d
 def _norm(D): return nn.GroupNorm(4, D) # ADM has 32 groups; on a CPU, channels last in bf16, 4 groups are 20 times as fast
 
 def _zero(layer):
     for p in layer.parameters(): nn.init.zeros_(p)
     return layer
 
-# %% ../nbs/12_unet.ipynb #6b12210d
 class ResBlock(nn.Module):
-    "Two convolutions; time and condition scale and shift what lies between them"
+    "Two convolutions; time and condition scale and shift what lies between them (Dhariwal & Nichol 2021, §3.1)"
     def __init__(self, c_in, c_out, E, dropout=0.):
         super().__init__()
         self.norm1,self.conv1 = _norm(c_in),nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -63,10 +73,11 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
-        scale,shift = self.film(F.silu(emb))[:,:,None,None].chunk(2, 1)
+        scale,shift = self.film(F.silu(emb))[:,:,None,None].chunk(2, 1)    # each (B,c_out,1,1)
         h = self.norm2(h)*(1+scale)+shift
         return self.skip(x)+self.conv2(self.drop(F.silu(h)))
 
+# %% ../nbs/12_unet.ipynb #1a4bab0a
 class PixelAttention(nn.Module):
     "Every place looks at every place, and at the context"
     def __init__(self, D, head, context):
@@ -117,6 +128,16 @@ class UNet(nn.Module):
             if i: self.up.append(nn.Conv2d(c, cfg.mults[i-1]*D, 3, padding=1)); c,side = cfg.mults[i-1]*D,2*side
         self.norm,self.last = _norm(c),_zero(nn.Conv2d(c, cfg.out*p, 3, padding=1))
 
+    def _fits(self, x, t, cond, context):
+        "Refuse what this network was not made for. Shapes alone are looked at, so no device has to wait"
+        cfg,B = self.cfg,len(x)
+        if x.shape[1:]!=(cfg.C,cfg.px,cfg.px): raise ValueError(f'this U-Net takes (B,{cfg.C},{cfg.px},{cfg.px}), not {tuple(x.shape)}')
+        if t.shape!=(B,): raise ValueError(f't of shape {tuple(t.shape)}: give one step for each of the {B} pictures')
+        for name,given,width in (('cond',cond,cfg.cond), ('context',context,cfg.context)):
+            if given is not None and not width: raise ValueError(f'{name} of shape {tuple(given.shape)}: this U-Net was made without, with {name}=0')
+        if cfg.cond and (cond is None or cond.shape!=(B,cfg.cond)): raise ValueError(f'cond {"is missing" if cond is None else tuple(cond.shape)}: this U-Net takes ({B},{cfg.cond})')
+        if context is not None and (context.ndim!=3 or len(context)!=B or context.shape[2]!=cfg.context): raise ValueError(f'context of shape {tuple(context.shape)}: this U-Net takes ({B},M,{cfg.context})')
+
     def forward(
         self,
         x:Tensor,            # (B,C,px,px)
@@ -124,8 +145,7 @@ class UNet(nn.Module):
         cond:Tensor=None,    # (B,cond) joins the time
         context:Tensor=None, # (B,M,context) joins what attention looks at
     )->Tensor:               # (B,out,px,px)
-        B,C,H,W = x.shape
-        if (C,H,W)!=(self.cfg.C,self.cfg.px,self.cfg.px): raise ValueError(f'this U-Net takes (B,{self.cfg.C},{self.cfg.px},{self.cfg.px}), not {tuple(x.shape)}')
+        self._fits(x, t, cond, context)
         emb = self.time(time_embedding(t, self.cfg.D))                     # (B,E)
         if self.cond is not None: emb = emb+self.cond(cond)
         x = self.first(F.pixel_unshuffle(x, self.cfg.patch))+self.place    # (B,D,side,side)

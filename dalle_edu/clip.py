@@ -48,7 +48,7 @@ class CLIPConfig:
     act:str='gelu'        # 'quick_gelu' in the published models
 
     @property
-    def N(self): return (self.px//self.patch)**2 # patches
+    def N(self): "Patches"; return (self.px//self.patch)**2
 
     def __post_init__(self):
         if self.px%self.patch: raise ValueError(f'{self.px} pixels cannot be cut into patches of {self.patch}: choose a patch that divides the side')
@@ -61,7 +61,7 @@ class CLIPConfig:
         if name not in sizes: raise ValueError(f'no CLIP of size {name!r}: use one of {sorted(sizes)}')
         return cls(**sizes[name])
 
-# %% ../nbs/05_clip.ipynb #5960bd44
+# %% ../nbs/05_clip.ipynb #c32f418d
 class ImageTower(nn.Module):
     "Patches, a class token, blocks; the class token is the embedding (ViT, as CLIP has it)"
     def __init__(self, cfg):
@@ -75,13 +75,14 @@ class ImageTower(nn.Module):
         nn.init.normal_(self.proj.weight, std=D**-.5)
 
     def forward(self, x):
+        "Pictures (B,3,px,px) to embeddings (B,E)"
         B,C,H,W = x.shape
         x = self.patches(x).flatten(2).transpose(1, 2)                     # (B,N,D)
         x = torch.cat([self.cls.expand(B, 1, -1).to(x.dtype), x], 1)+self.pos
         x = self.body(self.ln_pre(x), at=torch.zeros(B, dtype=torch.long, device=x.device))
         return self.proj(self.ln_post(x[:,0]))                             # (B,E)
 
-# %% ../nbs/05_clip.ipynb #94b68007
+# %% ../nbs/05_clip.ipynb #4f211a6b
 class TextTower(nn.Module):
     "Causal, so that the end token has seen the whole caption and no pad; it is the embedding"
     def __init__(self, cfg):
@@ -94,6 +95,7 @@ class TextTower(nn.Module):
         nn.init.normal_(self.proj.weight, std=D**-.5)
 
     def forward(self, ids):
+        "Captions (B,L) to embeddings (B,E)"
         end = ids.argmax(-1)                                               # (B,)
         if ids.device.type=='cpu': ids = ids[:,:int(end.max())+1]          # what follows every end token changes nothing: the tower is causal
         x = self.token(ids)+self.pos[:ids.shape[1]]                        # (B,L,D)
@@ -140,8 +142,11 @@ class CLIP(Pretrained, nn.Module):
             if len(endless): raise ValueError(f'caption {endless[0].item()} has no end token ({V-1}): encode it with the tokenizer, and do not cut it')
         return self.text(ids)
 
-    def forward(self, x, ids): return self.encode_image(x),self.encode_text(ids)
+    def forward(self, x, ids):
+        "Both embeddings, (B,E) each"
+        return self.encode_image(x),self.encode_text(ids)
 
+# %% ../nbs/05_clip.ipynb #def09cdc
 def embed_images(
     model:CLIP, # in evaluation mode
     x:Tensor,   # (B,3,px,px) in [-1,1]
@@ -168,7 +173,7 @@ def clip_loss(
     return loss,dict(scale=model.logit_scale.detach().exp())
 clip_loss.pools_batch = True
 
-# %% ../nbs/05_clip.ipynb #2f4f2d74
+# %% ../nbs/05_clip.ipynb #050999ed
 def recipe(
     size:str='laptop', # 'laptop' or 'gpu'
 )->dict:               # keyword arguments of `fit`
@@ -184,6 +189,7 @@ def batches(
 ):             # (seed, step, rank, n) -> dict of `pixels` and `ids`
     "Captioned pictures for `fit`"
     def batch(seed, step, rank, n):
+        "What `fit` asks for"
         pixels,captions = draw(seed, step, rank, n)
         return dict(pixels=pixels, ids=tokenizer.encode(captions))
     return batch

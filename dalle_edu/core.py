@@ -73,6 +73,7 @@ def _rows(n, ncols):
     if ncols<1: raise ValueError(f'{ncols} pictures in a row: at least 1')
     return min(ncols, n),-(-n//min(ncols, n))
 
+# %% ../nbs/00_core.ipynb #30539eb4
 def show(
     images:Tensor,     # (B,3,H,W) or (3,H,W) in [-1,1]
     titles=None,       # one string a picture
@@ -102,7 +103,7 @@ def strip(
     "Draw pictures in one row"
     show(images, titles, ncols=len(_batch(images)))
 
-# %% ../nbs/00_core.ipynb #b8576b20
+# %% ../nbs/00_core.ipynb #c8da189d
 def curve(
     history:list, # dicts with `step` and terms, as `fit` returns them
     *keys,        # which terms; all but step, lr and seconds if left out
@@ -121,7 +122,7 @@ def curve(
     ax.set_xlabel('step'); ax.legend()
     return ax
 
-# %% ../nbs/00_core.ipynb #65ac6b58
+# %% ../nbs/00_core.ipynb #05306b1d
 def save_png(
     images:Tensor,   # (B,3,H,W) in [-1,1]
     path,            # where to write
@@ -155,6 +156,7 @@ def shipped_sizes(
     "Which sizes of a model come with the package"
     return sorted(p.parent.name for p in (Path(str(files('dalle_edu')))/SHIPPED).glob(f'*/{name}') if any(p.iterdir()))
 
+# %% ../nbs/00_core.ipynb #508a074f
 def _config(cls, values):
     "A frozen dataclass from what JSON left of it"
     if is_dataclass(values): return values
@@ -182,6 +184,7 @@ def _fits(model, state, where):
     said = '; '.join(f"{len(v)} {k}: {', '.join(v[:3])}{' …' if len(v)>3 else ''}" for k,v in bad.items() if v)
     if said: raise ValueError(f'{where} does not fit {type(model).__name__} of its config.json: {said}')
 
+# %% ../nbs/00_core.ipynb #3d7cb846
 class Pretrained(PyTorchModelHubMixin):
     "A module with `cfg`, a frozen dataclass: `save_pretrained`, `from_pretrained`, `push_to_hub`, in config.json and safetensors, nothing pickled"
     name,config_class = None,None # set by each model

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dataclasses import dataclass
 from torch import nn, Tensor
 
-# %% ../nbs/04_transformer.ipynb #f15975a2
+# %% ../nbs/04_transformer.ipynb #d197bf5e
 def sdpa(
     q:Tensor,          # (B,heads,N,d)
     k:Tensor,          # (B,heads,M,d)
@@ -51,7 +51,7 @@ class TransformerConfig:
         if self.act not in ACTS: raise ValueError(f'unknown activation {self.act!r}: one of {sorted(ACTS)}')
         if not 0<=self.dropout<1: raise ValueError(f'dropout {self.dropout} is a share: from 0 to below 1')
 
-# %% ../nbs/04_transformer.ipynb #0719de0d
+# %% ../nbs/04_transformer.ipynb #e8ef2f13
 class Attention(nn.Module):
     "Multi-head self-attention (Vaswani et al. 2017, §3.2.2)"
     def __init__(self, cfg):
@@ -59,13 +59,14 @@ class Attention(nn.Module):
         self.cfg,self.qkv,self.out = cfg,nn.Linear(cfg.D, 3*cfg.D),nn.Linear(cfg.D, cfg.D)
 
     def forward(self, x, mask=None, cache=None, layer=0):
+        "What each of the tokens (B,N,D) takes from those that it looks at"
         B,N,D = x.shape
         q,k,v = self.qkv(x).view(B, N, 3, self.cfg.heads, -1).permute(2, 0, 3, 1, 4) # each (B,heads,N,d)
         if cache is not None: k,v = cache.extend(layer, k, v)
         y = sdpa(q, k, v, mask, self.cfg.causal and mask is None and N>1)
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
-# %% ../nbs/04_transformer.ipynb #3e51b6ec
+# %% ../nbs/04_transformer.ipynb #32b84a09
 class Block(nn.Module):
     "`x + attention(norm x)`, then `x + mlp(norm x)`"
     def __init__(self, cfg):
@@ -75,11 +76,12 @@ class Block(nn.Module):
         self.act,self.drop = ACTS[cfg.act],nn.Dropout(cfg.dropout)
 
     def forward(self, x, mask=None, cache=None, layer=0, at=None):
+        "(B,N,D) to (B,N,D), or to (B,1,D) where `at` (B,) names the only token that is asked for"
         x = x+self.drop(self.attn(self.norm1(x), mask, cache, layer))
-        if at is not None: x = x.take_along_dim(at.view(-1, 1, 1), 1)                # (B,1,D): the only token that is asked for
+        if at is not None: x = x.take_along_dim(at.view(-1, 1, 1), 1)                # (B,1,D)
         return x+self.drop(self.down(self.act(self.up(self.norm2(x)))))
 
-# %% ../nbs/04_transformer.ipynb #4e5fa9f1
+# %% ../nbs/04_transformer.ipynb #a5eb579a
 class Cache:
     "Keys and values of the tokens seen so far, for each block"
     def __init__(self): self.kv = {}
@@ -97,12 +99,9 @@ class Transformer(nn.Module):
     def __init__(self, cfg:TransformerConfig):
         super().__init__()
         self.cfg,self.blocks = cfg,nn.ModuleList([Block(cfg) for _ in range(cfg.depth)])
-        for name,p in self.named_parameters():
-            if p.ndim<2: continue
-            deep = (2*cfg.depth)**-.5 if name.endswith(('attn.out.weight','down.weight')) else 1.
-            nn.init.normal_(p, std=.02*deep)
+        wide,deep = cfg.D**-.5,(2*cfg.depth)**-.5
         for b in self.blocks:
-            for m in (b.attn.qkv,b.attn.out,b.up,b.down): nn.init.zeros_(m.bias)
+            for m,std in ((b.attn.qkv,wide),(b.attn.out,wide*deep),(b.up,wide*2**-.5),(b.down,wide*deep)): nn.init.normal_(m.weight, std=std); nn.init.zeros_(m.bias)
 
     def forward(
         self,

@@ -176,7 +176,7 @@ def test_it_learns_four_pairs():
     data = lambda seed, step, rank, n: dict(pixels=pictures(n), ids=rows(*range(1, n+1)))
     torch.manual_seed(0)
     history = fit(CLIP(tiny), clip_loss, data, steps=60, batch=4, lr=1e-2, warmup=5, log_every=1, progress=False, device='cpu', precision='fp32')
-    assert history[0]['loss']==pytest.approx(math.log(4), abs=.5) and history[-1]['loss']<.1
+    assert history[0]['loss']>1 and history[-1]['loss']<.1
 
 def test_batches_are_what_was_drawn_for_these_arguments():
     class Tok:

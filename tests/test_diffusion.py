@@ -48,7 +48,7 @@ def test_ddim_clips_as_glide_does(kind):
     scheduler.set_timesteps(20)
     want = walk(scheduler, x, range(19, -1, -1), use_clipped_model_output=lambda i: True)
     assert_close(ddim(model, x, None, abar, 20, kind, clip=.5), want, atol=2e-5, rtol=1e-4)
-    assert want.abs().max()<=.5 and ddim(model, x, None, abar, 20, kind).abs().max()>.5
+    assert not torch.allclose(ddim(model, x, None, abar, 20, kind), want, atol=.01)
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('steps', [30, 7])

@@ -14,12 +14,15 @@ from .core import Pretrained
 from .diffusion import cosine_abar, ddim, diffusion_loss, guided, sample_t
 from .unet import UNet, UNetConfig
 
-# %% ../nbs/14_decoder.ipynb #3f756664
+# %% ../nbs/14_decoder.ipynb #4601ff99
 def scaled(
     z:Tensor, # (B,E) of length 1
 )->Tensor:    # (B,E) of length sqrt(E): each number has variance 1, like the pixels (Ramesh et al. 2022, App. C)
     "From CLIP's directions to what diffusion models take and give"
     return z*z.shape[-1]**.5
+
+def _check(z, B, E):
+    if tuple(z.shape)!=(B,E): raise ValueError(f'embeddings of shape {tuple(z.shape)}: this decoder takes ({B},{E}), from the CLIP that it was trained with')
 
 # %% ../nbs/14_decoder.ipynb #92555f8b
 @dataclass(frozen=True)
@@ -71,10 +74,10 @@ class Decoder(Pretrained, nn.Module):
     )->Tensor:     # (B,3,px,px), v
         "The embedding goes in twice"
         B,E = z.shape
-        if (B,E)!=(len(xt),self.cfg.E): raise ValueError(f'embeddings of shape {tuple(z.shape)} for {len(xt)} pictures: this decoder takes ({len(xt)},{self.cfg.E}), from the CLIP that it was trained with')
+        _check(z, len(xt), self.cfg.E)
         return self.unet(xt, t, z, self.tokens(z).view(B, -1, E))
 
-# %% ../nbs/14_decoder.ipynb #689c0ee1
+# %% ../nbs/14_decoder.ipynb #f6179489
 def decoder_loss(
     model:Decoder,
     batch:dict, # `pixels` (B,3,px,px) in [-1,1] and `z_i` (B,E) of length 1
@@ -82,6 +85,7 @@ def decoder_loss(
 )->tuple:       # scalar: mean over numbers and batch of the squared error of v, and no terms
     "v prediction at noise levels around the one where signal and noise are equal, where the shape is decided"
     x0,z = batch['pixels'],scaled(batch['z_i'])
+    _check(z, len(x0), model.cfg.E)
     z = torch.where(torch.rand(len(z), 1, device=z.device)<model.cfg.drop, model.null.to(z.dtype), z)
     t = sample_t(len(x0), model.cfg.S, x0.device, spread=1.2, shift=.2)
     loss = diffusion_loss(model, x0, z, model.abar, 'v', t)
@@ -121,7 +125,7 @@ def sample_pixels(
 )->Tensor:              # (B,3,px,px) in [-1,1]
     "Draw what the embeddings mean: DDIM with guidance"
     px,E,B = model.cfg.px,model.cfg.E,len(z_i)
-    if z_i.shape!=(B,E): raise ValueError(f'embeddings of shape {tuple(z_i.shape)}: this decoder takes (B,{E}), from the CLIP that it was trained with')
+    _check(z_i, B, E)
     if xT.shape!=(B,3,px,px): raise ValueError(f'noise xT of shape {tuple(xT.shape)} for {B} embeddings: need ({B},3,{px},{px})')
     if not 0<=guidance<math.inf: raise ValueError(f'guidance {guidance}: must be 0 or more, 1 for none')
     z = scaled(z_i)

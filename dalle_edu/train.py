@@ -114,19 +114,22 @@ class _Source:
         return state
 
     def load_state_dict(self, state):
+        "Go to that place"
         if not callable(self.batches): self.batches.load_state_dict(state); self.iter = None
+
+def _layout(x): return torch.channels_last if x.ndim==4 and x.is_floating_point() else torch.preserve_format
 
 def _move(batch, device):
     "A batch of any nesting on the device, pictures channels last"
-    def one(x): return x.to(device, non_blocking=True, memory_format=torch.channels_last if x.ndim==4 and x.is_floating_point() else torch.preserve_format)
-    return recursively_apply(one, batch)
+    return recursively_apply(lambda x: x.to(device, non_blocking=True, memory_format=_layout(x)), batch)
 
-# %% ../nbs/03_train.ipynb #99c5ab43
+# %% ../nbs/03_train.ipynb #f26dd85e
 class _Means:
     "Sums of the loss terms since the last report, kept on the device: adding to them waits for nothing"
     def __init__(self): self.sums,self.count = {},0
 
     def add(self, loss, terms):
+        "Take in one batch"
         for k,v in {'loss':loss, **terms}.items():
             v = torch.as_tensor(v, device=loss.device).detach()
             if v.numel()!=1 or k in ('step','lr','seconds') or k=='loss' and 'loss' in terms: raise ValueError(f'term {k!r} of shape {tuple(v.shape)}: terms are single numbers, and loss, step, lr and seconds are taken')
@@ -172,18 +175,21 @@ def _load(path, plan, model):
     if said: raise ValueError(f"{path} belongs to another run ({'; '.join(said[:6])}): give the same arguments, or another folder")
     return state
 
-# %% ../nbs/03_train.ipynb #6d38be50
+# %% ../nbs/03_train.ipynb #9fcd162c
 class _Run:
     "All that changes as a run goes on; a checkpoint is this, on disk"
     def __init__(self, acc, model, opt, ema, source, plan, folder):
         self.acc,self.model,self.opt,self.ema,self.source,self.plan = acc,model,opt,ema,source,plan
         self.file = Path(folder)/'checkpoint.pt' if folder else None
-        self.step,self.history,self.means = 0,[],_Means()
-        self.mark(0.)
+        self.step,self.history,self.means = 0,[],_Means(); self.mark(0.)
 
-    def mark(self, seconds): self.began,self.shown = time.perf_counter()-seconds,(self.step,seconds)
+    def mark(self, seconds):
+        "Set the clock, and remember from where the rate on the bar is counted"
+        self.began,self.shown = time.perf_counter()-seconds,(self.step,seconds)
     @property
-    def seconds(self): return time.perf_counter()-self.began # of training, over all its sittings
+    def seconds(self):
+        "Of training, over all its sittings"
+        return time.perf_counter()-self.began
 
     def resume(self):
         "Go on from the checkpoint, if there is one; all processes read the same file"
@@ -210,11 +216,13 @@ class _Run:
             torch.save(dict(step=self.step, plan=self.plan, model=self.model.state_dict(), opt=self.opt.state_dict(), ema=self.ema.mean if self.ema else None,
                             source=sources, history=self.history, sums=sums, count=self.means.count, seconds=self.seconds), tmp)
 
-# %% ../nbs/03_train.ipynb #f2d6b5c4
+# %% ../nbs/03_train.ipynb #43884bc6
 class _Loss(nn.Module):
     "The loss as a module, so that the hooks of distributed training see whatever it calls"
     def __init__(self, model, loss_fn): super().__init__(); self.model,self.loss_fn = model,loss_fn
-    def forward(self, batch, step): return self.loss_fn(self.model, batch, step)
+    def forward(self, batch, step):
+        "The loss of a batch, and its terms"
+        return self.loss_fn(self.model, batch, step)
 
 def _update(run, net, seed, accumulate, clip):
     "One step: the mean gradient of `accumulate` batches, no longer than `clip`"
@@ -241,7 +249,7 @@ def _report(run, bar, pictures, callback):
     run.acc.log({**{k:v for k,v in row.items() if k!='step'}, 'samples_per_second':rate}, step=run.step)
     if callback and run.acc.is_main_process: callback(row)
 
-# %% ../nbs/03_train.ipynb #966937d8
+# %% ../nbs/03_train.ipynb #888d7115
 def _trait(loss_fn, name):
     "An attribute of the loss, also through `functools.partial`"
     while isinstance(loss_fn, partial) and not hasattr(loss_fn, name): loss_fn = loss_fn.func
@@ -263,6 +271,7 @@ def _check(model, loss_fn, processes, lr, ema, **numbers):
     for k,p in live:
         if p.dtype not in (torch.float32,torch.float64): raise ValueError(f"{k} is stored as {p.dtype}, in which small updates round to nothing: call model.float(); precision='bf16' computes in bfloat16 all the same")
 
+# %% ../nbs/03_train.ipynb #ac5b7ead
 def _accelerator(device, precision, accumulate, trackers, folder):
     "A new Accelerator; its settings live in globals, and those of an earlier `fit` in this process are forgotten"
     device,wanted = pick_device(device),trackers if isinstance(trackers, (list,tuple)) else [trackers] if trackers else []
@@ -338,7 +347,7 @@ def fit(
     model.eval()
     return run.history
 
-# %% ../nbs/03_train.ipynb #05cdcd02
+# %% ../nbs/03_train.ipynb #1e60cfa7
 def _machine(device):
     "Where a training ran, in words"
     n,threads = int(os.environ.get('WORLD_SIZE', 1)),torch.get_num_threads()
@@ -355,18 +364,17 @@ def _commit(folder):
 
 def record(
     name:str,         # of the file: `folder/NAME.json`
-    history:list,     # as `fit` returns it
+    history:list,     # as `fit` returns it; at most 100 rows of it are kept, evenly spread, the first and the last among them
     command:str,      # that trains this model
     folder='results', # made if need be
     device=None,      # where `fit` computed; chosen as `fit` does if left out
-    rows:int=100,     # of the history that are kept at most, evenly spread, the first and the last among them
     **figures,        # what was measured: numbers, strings, lists, dicts, tensors
 )->dict:              # what stands in the file
     "Write down what a training gave, and where it came from: command, date, commit, seconds, machine, history, figures"
     if not history: raise ValueError('history is empty: give what `fit` returned')
     folder,n = Path(folder),len(history)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = sorted({round(i*(n-1)/max(1, rows-1)) for i in range(rows)} | {n-1})
+    kept = sorted({round(i*(n-1)/99) for i in range(100)})
     thin = [{k:float(f'{v:.6g}') if isinstance(v, float) else v for k,v in history[i].items()} for i in kept]
     result = dict(command=command, date=datetime.now(timezone.utc).date().isoformat(), commit=_commit(folder), seconds=history[-1].get('seconds'),
                   machine=_machine(pick_device(device)), history=thin)

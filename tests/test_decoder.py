@@ -45,7 +45,7 @@ def oracle(model, z_i, xT, steps, guidance):
 
 # sizes
 
-@pytest.mark.parametrize('over', [dict(), dict(patch=1, mults=(1,2,2)), dict(attn=()), dict(tokens=1), dict(px=16, blocks=2, attn=(8,4)), dict(dropout=.5)], ids=str)
+@pytest.mark.parametrize('over', [dict(), dict(patch=1, mults=(1,2,2)), dict(attn=(4,2)), dict(tokens=1), dict(px=16, blocks=2, attn=(8,4)), dict(dropout=.5)], ids=str)
 def test_shape(over):
     m = make(**over); px = m.cfg.px
     assert m(noise(3, 3, px, px), torch.arange(3), noise(3, 8)).shape == (3,3,px,px)
@@ -196,7 +196,7 @@ def test_bad_arguments_are_named(model, kw, says):
 
 @pytest.mark.parametrize('kw,says', [(dict(z_i=unit(2, E=9)), r'embeddings of shape \(2, 9\).*\(2,8\)'), (dict(pixels=pictures(2, px=16)), r'\(B,3,8,8\).*\(2, 3, 16, 16\)')], ids=['E','px'])
 def test_bad_batches_are_named_in_training(kw, says):
-    with pytest.raises((ValueError,RuntimeError), match=says): decoder_loss(make(drop=0.) if 'pixels' in kw else Decoder(DecoderConfig(**{**vars(cfg), 'drop':0.})), {**told(2), **kw}, 0)
+    with pytest.raises(ValueError, match=says): decoder_loss(make(), {**told(2), **kw}, 0)
 
 # batches, training, saving
 

@@ -101,6 +101,28 @@ class TextTower(nn.Module):
         x = self.token(ids)+self.pos[:ids.shape[1]]                        # (B,L,D)
         return self.proj(self.ln_final(self.body(x, at=end)[:,0]))         # (B,E)
 
+# %% ../nbs/05_clip.ipynb #3f125af6
+def _check_pictures(x, px, look):
+    "Refuse what are no pictures of this size; `look` at the values too"
+    if x.ndim!=4 or x.shape[1:]!=(3,px,px): raise ValueError(f'this CLIP sees pictures of shape (B,3,{px},{px}), not {tuple(x.shape)}: resize them first')
+    if not len(x): raise ValueError('an empty batch: give at least one picture')
+    if not x.is_floating_point(): raise ValueError(f'pictures are floats in [-1,1], not {x.dtype}: divide by 127.5 and subtract 1')
+    if not look: return
+    low,high = (v.item() for v in x.aminmax())
+    if not -math.inf<low<=high<math.inf: raise ValueError(f'pixels from {low} to {high}: a picture holds what is not a finite number')
+    if max(-low, high)>10: raise ValueError(f'pixels from {low:.4g} to {high:.4g}, expected [-1,1]: bytes are divided by 127.5, minus 1')
+
+def _check_captions(ids, V, L, look):
+    "Refuse what are no captions for this vocabulary; `look` at the values too"
+    if ids.ndim!=2 or not 1<=ids.shape[1]<=L: raise ValueError(f'this CLIP reads ids of shape (B,L) with L from 1 to {L}, not {tuple(ids.shape)}: shorten the caption')
+    if not len(ids): raise ValueError('an empty batch: give at least one caption')
+    if ids.is_floating_point(): raise ValueError(f'ids are whole numbers, not {ids.dtype}: encode captions with the tokenizer')
+    if not look: return
+    low,high = (v.item() for v in ids.aminmax())
+    if low<0 or high>=V: raise ValueError(f'ids from {low} to {high}, but the vocabulary is 0 to {V-1}: encode with the tokenizer that this CLIP was trained with')
+    endless = (ids.amax(1)<V-1).nonzero()
+    if len(endless): raise ValueError(f'caption {endless[0].item()} has no end token ({V-1}): encode it with the tokenizer, and do not cut it')
+
 # %% ../nbs/05_clip.ipynb #64364d53
 class CLIP(Pretrained, nn.Module):
     "Two towers that put pictures and captions into one space (Radford et al. 2021)"
@@ -116,14 +138,7 @@ class CLIP(Pretrained, nn.Module):
         x:Tensor, # (B,3,px,px) in [-1,1]
     )->Tensor:    # (B,E), not normalised
         "Embed pictures"
-        px = self.cfg.px
-        if x.ndim!=4 or x.shape[1:]!=(3,px,px): raise ValueError(f'this CLIP sees pictures of shape (B,3,{px},{px}), not {tuple(x.shape)}: resize them first')
-        if not len(x): raise ValueError('an empty batch: give at least one picture')
-        if not x.is_floating_point(): raise ValueError(f'pictures are floats in [-1,1], not {x.dtype}: divide by 127.5 and subtract 1')
-        if not self.training:
-            low,high = (v.item() for v in x.aminmax())
-            if not -math.inf<low<=high<math.inf: raise ValueError(f'pixels from {low} to {high}: a picture holds what is not a finite number')
-            if max(-low, high)>10: raise ValueError(f'pixels from {low:.4g} to {high:.4g}, expected [-1,1]: bytes are divided by 127.5, minus 1')
+        _check_pictures(x, self.cfg.px, look=not self.training)
         return self.image(x)
 
     def encode_text(
@@ -131,15 +146,7 @@ class CLIP(Pretrained, nn.Module):
         ids:Tensor, # (B,L) int64, each row with its end token
     )->Tensor:      # (B,E), not normalised
         "Embed captions"
-        V,L = self.cfg.V,self.cfg.L
-        if ids.ndim!=2 or not 1<=ids.shape[1]<=L: raise ValueError(f'this CLIP reads ids of shape (B,L) with L from 1 to {L}, not {tuple(ids.shape)}: shorten the caption')
-        if not len(ids): raise ValueError('an empty batch: give at least one caption')
-        if ids.is_floating_point(): raise ValueError(f'ids are whole numbers, not {ids.dtype}: encode captions with the tokenizer')
-        if not self.training:
-            low,high = (v.item() for v in ids.aminmax())
-            if low<0 or high>=V: raise ValueError(f'ids from {low} to {high}, but the vocabulary is 0 to {V-1}: encode with the tokenizer that this CLIP was trained with')
-            endless = (ids.amax(1)<V-1).nonzero()
-            if len(endless): raise ValueError(f'caption {endless[0].item()} has no end token ({V-1}): encode it with the tokenizer, and do not cut it')
+        _check_captions(ids, self.cfg.V, self.cfg.L, look=not self.training)
         return self.text(ids)
 
     def forward(self, x, ids):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEEDS', 'sheet', 'draw', 'setup', 'card', 'train', 'main']
 
-# %% ../nbs/20_scale.ipynb #61c9e8a8
+# %% ../nbs/20_scale.ipynb #ddf0340d
 import argparse, json, os, sys, torch
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ from .dalle import DALLE
 from .dalle2 import DALLE2
 from .text import Tokenizer
 
-# %% ../nbs/20_scale.ipynb #f1fa84c2
+# %% ../nbs/20_scale.ipynb #07978875
 def sheet(
     rows:list,    # one tuple a row: its label, pictures (n,3,px,px) in [-1,1], and n booleans, or `None` for a row that is a heading
     path,         # where the PNG goes
@@ -41,7 +41,7 @@ def sheet(
         y += side+gap
     with writing(path) as tmp: page.save(tmp, 'png')
 
-# %% ../nbs/20_scale.ipynb #1c1fdef7
+# %% ../nbs/20_scale.ipynb #126ce18f
 def draw(
     captions:list,         # sentences of the world's grammar
     out='drawing.png',     # the PNG to write
@@ -78,7 +78,7 @@ def draw(
     say(f'written to {out}')
     return right
 
-# %% ../nbs/20_scale.ipynb #94ea33fe
+# %% ../nbs/20_scale.ipynb #5d9921e3
 NEEDS = dict(clip=(), dvae=(), prior=('dvae',), unclip_prior=('clip',), decoder=('clip',)) # in the order in which `train all` goes
 
 def setup(
@@ -98,7 +98,7 @@ def setup(
     reads = (tokenizer,) if hasattr(cfg, 'V') else ()
     return model_class(cfg),loss,module.batches(source, *reads, *(others[k] for k in NEEDS[name])),recipe
 
-# %% ../nbs/20_scale.ipynb #63fee029
+# %% ../nbs/20_scale.ipynb #78fc59a1
 def card(
     name:str,     # of the model
     size:str,     # 'laptop' or 'gpu'
@@ -151,7 +151,7 @@ def train(
     if first and done and not (folder/'tokenizer').is_dir(): tokenizer.save(folder/'tokenizer')
     return done
 
-# %% ../nbs/20_scale.ipynb #86795095
+# %% ../nbs/20_scale.ipynb #f9cc8fde
 def _arguments():
     ap = argparse.ArgumentParser(prog='dalle-edu', description='Sentences become pictures, twice: DALL-E and DALL-E 2, built in the open.')
     sub = ap.add_subparsers(dest='command', required=True, metavar='COMMAND')

@@ -16,7 +16,7 @@ from .diffusion import cosine_abar, ddim, diffusion_loss, guided
 from .transformer import Transformer, TransformerConfig
 from .unet import time_embedding
 
-# %% ../nbs/13_unclip_prior.ipynb #8b21ea12
+# %% ../nbs/13_unclip_prior.ipynb #8febc94c
 def condition(
     ids:Tensor,         # (B,L)
     z_t:Tensor,         # (B,E) text embeddings of length 1
@@ -48,7 +48,7 @@ class UnCLIPPriorConfig:
         if name not in sizes: raise ValueError(f'no unclip_prior of size {name!r}: use one of {sorted(sizes)}')
         return cls(**sizes[name])
 
-# %% ../nbs/13_unclip_prior.ipynb #f443f898
+# %% ../nbs/13_unclip_prior.ipynb #f3c1cec8
 class UnCLIPPrior(Pretrained, nn.Module):
     "Caption -> CLIP image embedding: a causal transformer over the caption's tokens, z_t, the time, the noised z_i, and a query whose output is z_i (Ramesh et al. 2022, §2.2)"
     name,config_class = 'unclip_prior',UnCLIPPriorConfig
@@ -96,7 +96,7 @@ class UnCLIPPrior(Pretrained, nn.Module):
         for k,v in dict(z=z, **cond).items():
             if tuple(v.shape)!=want[k]: raise ValueError(f'{k} of shape {tuple(v.shape)}: this prior takes {want[k]}, so CLIP (E={cfg.E}) and tokenizer (L={cfg.L}) must be those it was trained with')
 
-# %% ../nbs/13_unclip_prior.ipynb #26c82b7d
+# %% ../nbs/13_unclip_prior.ipynb #783ebda9
 def unclip_prior_loss(
     model:UnCLIPPrior,
     batch:dict, # `ids` (B,L), `z_t` and `z_i` (B,E) of length 1
@@ -108,7 +108,7 @@ def unclip_prior_loss(
     loss = diffusion_loss(model, z_i, condition(batch['ids'], batch['z_t'], given), model.abar, 'x0').mean()
     return loss,{}
 
-# %% ../nbs/13_unclip_prior.ipynb #3a0a24d1
+# %% ../nbs/13_unclip_prior.ipynb #08a58cd2
 def recipe(
     size:str, # 'laptop' or 'gpu'
 )->dict:      # keyword arguments of `fit`

@@ -183,7 +183,7 @@ def test_masks_that_do_not_fit_are_refused(mask, says):
     for causal in (False, True):
         with pytest.raises(ValueError, match=says): make(causal=causal)(torch.zeros(3, 4, 16), mask)
 
-@pytest.mark.parametrize('shape', [(4,4), (1,4), (1,1,4), (2,4,4), (1,2,1,4), (3,1,1,4), (3,2,4,4)], ids=str)
+@pytest.mark.parametrize('shape', [(4,4), (1,4), (1,1,4), (2,4,4), (1,2,1,4), (3,1,1,4), (3,2,4,4)], ids=lambda v: None if 'tensor' in str(v) else str(v))
 def test_masks_that_fit_are_taken(shape):
     x = torch.randn(3, 4, 16)
     assert_close(make()(x, torch.ones(shape).bool()), make()(x), atol=1e-5, rtol=1e-4)
@@ -203,6 +203,6 @@ def test_tokens_of_another_width_are_refused():
     with pytest.raises(ValueError, match='width 8.*16'): make()(torch.zeros(1, 2, 8))
 
 @pytest.mark.parametrize('cfg, says', [(dict(D=10, heads=3), '10.*3 heads'), (dict(heads=0), 'heads is 0'), (dict(depth=0), 'depth is 0'), (dict(D=-4), 'D is -4'), (dict(mlp=0), 'mlp is 0'),
-    (dict(act='relu'), "'relu'.*'gelu', 'quick_gelu'"), (dict(dropout=1.), 'dropout 1.0'), (dict(dropout=-.1), 'dropout -0.1'), (dict(dropout=math.nan), 'dropout nan')], ids=str)
+    (dict(act='relu'), "'relu'.*'gelu', 'quick_gelu'"), (dict(dropout=1.), 'dropout 1.0'), (dict(dropout=-.1), 'dropout -0.1'), (dict(dropout=math.nan), 'dropout nan')], ids=lambda v: None if 'tensor' in str(v) else str(v))
 def test_bad_configurations_are_named(cfg, says):
     with pytest.raises(ValueError, match=says): TransformerConfig(**cfg)

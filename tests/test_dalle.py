@@ -83,7 +83,7 @@ def test_completion_keeps_the_rows(dalle):
 
 @pytest.mark.parametrize('kw,says', [(dict(captions=red), 'list of strings'), (dict(captions=[]), 'no captions'), (dict(captions=[3]), 'list of strings'), (dict(captions=None), 'list of strings'),
     (dict(n=0), 'n=0'), (dict(n=1.5), 'n=1.5'), (dict(rerank=0), 'rerank=0'), (dict(rerank='2'), "rerank='2'"), (dict(px=64), 'px=64.*no upsampler.*px=32'),
-    (dict(captions=['A moon']), "'A'"), (dict(captions=['moon '*20+'moon']), 'limit is 12'), (dict(temperature=0.), 'temperature'), (dict(top_k=41), 'top_k 41'), (dict(guidance=float('inf')), 'guidance inf')], ids=lambda x: str(x)[:24])
+    (dict(captions=['A moon']), "'A'"), (dict(captions=['moon '*20+'moon']), 'limit is 12'), (dict(temperature=0.), 'temperature'), (dict(top_k=41), 'top_k 41'), (dict(guidance=float('inf')), 'guidance inf')], ids=lambda v: None if 'tensor' in str(v) else str(v)[:24])
 def test_bad_arguments_are_named(dalle, kw, says):
     with pytest.raises(ValueError, match=says): dalle.generate(**{**dict(captions=[red]), **kw})
 

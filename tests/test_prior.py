@@ -118,7 +118,7 @@ def test_a_share_of_the_captions_is_blanked_by_seed_and_step():
 
 @pytest.mark.parametrize('kw,says', [(dict(ids=torch.zeros(2, 5, dtype=torch.long)), 'need .B,6.'), (dict(ids=torch.full((2, 6), 30)), '0 to 29'), (dict(uniforms=torch.rand(2, 11)), 'need .2,12.'),
     (dict(uniforms=torch.rand(3, 12)), 'need .2,12.'), (dict(temperature=0.), 'above 0'), (dict(temperature=float('nan')), 'above 0'), (dict(top_k=0), '1 to 20'), (dict(top_k=21), '1 to 20'),
-    (dict(guidance=float('nan')), 'guidance nan'), (dict(guidance=-1.), 'guidance -1'), (dict(given=torch.zeros(2, 12, dtype=torch.long)), 'm below 12'), (dict(given=torch.zeros(3, 2, dtype=torch.long)), 'm below 12')], ids=lambda x: str(x)[:24])
+    (dict(guidance=float('nan')), 'guidance nan'), (dict(guidance=-1.), 'guidance -1'), (dict(given=torch.zeros(2, 12, dtype=torch.long)), 'm below 12'), (dict(given=torch.zeros(3, 2, dtype=torch.long)), 'm below 12')], ids=lambda v: None if 'tensor' in str(v) else str(v)[:24])
 def test_bad_arguments_are_named(model, kw, says):
     ids,u = rows(2)
     with pytest.raises(ValueError, match=says): sample_codes(model, **{**dict(ids=ids, uniforms=u), **kw})

@@ -66,7 +66,7 @@ def test_a_model_without_its_predecessor_is_refused(tmp_path):
 
 def test_a_killed_command_goes_on_to_the_same_weights(tmp_path):
     words = ['train', 'dvae', '--steps', '300', '--batch', '2', '--save-every', '5', '--device', 'cpu', '--quiet']
-    def start(out): return subprocess.Popen([sys.executable, '-m', 'dalle_edu.cli', *words, '--out', str(out)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    def start(out): return subprocess.Popen([sys.executable, '-m', 'dalle_edu', *words, '--out', str(out)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     killed = start(tmp_path/'killed')
     while not (tmp_path/'killed'/'dvae'/'checkpoint.pt').exists():
         assert killed.poll() is None, killed.stderr.read()

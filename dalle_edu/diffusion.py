@@ -101,7 +101,7 @@ def timesteps(
     if not isinstance(steps, int) or not 1<=steps<=S: raise ValueError(f'{steps} sampling steps of a process of {S}: choose a whole number from 1 to {S}')
     return [round(v) for v in torch.linspace(S-1, 0, steps, dtype=torch.float64).tolist()]+[-1] if steps>1 else [S-1,-1]
 
-# %% ../nbs/11_diffusion.ipynb #aa15c1b4
+# %% ../nbs/11_diffusion.ipynb #48d5e5fc
 def _undoable(abar, kind, clip):
     "Refuse a process, a question or a clip with which undoing would end in NaN"
     if kind not in KINDS: raise ValueError(f'unknown kind {kind!r}: one of {KINDS}')
@@ -110,6 +110,7 @@ def _undoable(abar, kind, clip):
     if a.ndim!=1 or not len(a) or not ((a>=0)&(a<1)).all() or (a.diff()>0).any(): raise ValueError('abar must fall from below 1 to 0 or above, one number a step: try cosine_abar')
     if kind=='eps' and a[-1]==0: raise ValueError("abar ends at 0, and where no signal is left the noise says nothing about the picture: predict 'v' or 'x0'")
 
+# %% ../nbs/11_diffusion.ipynb #aa15c1b4
 @torch.no_grad()
 def ddim(
     model,              # callable (xt, t, cond)
@@ -165,6 +166,7 @@ def snr_steps(
         levels.append(max(min(int((lam-want).abs().argmin()), levels[-1]-1), steps-i))
     return levels+[-1]
 
+# %% ../nbs/11_diffusion.ipynb #732fa673
 @torch.no_grad()
 def dpm_solver(
     model,           # callable (xt, t, cond)

@@ -80,6 +80,7 @@ MARGIN = .8/32
 
 def _place(thing, cx, cy, hx, hy, shift, radius, rnd):
     "`thing` near (cx,cy), inside the cell of half-widths hx,hy"
+    if thing.size not in SIZES: raise ValueError(f'cannot place {thing}: its size is {thing.size!r}, not one of {", ".join(SIZES)}')
     r = radius[thing.size]*rnd.uniform(.92, 1.08)
     jx,jy = max(0., min(shift, hx-r-MARGIN)),max(0., min(shift, hy-r-MARGIN))
     return replace(thing, x=cx+rnd.uniform(-jx, jx), y=cy+rnd.uniform(-jy, jy), r=r)
@@ -90,13 +91,14 @@ def lay_out(
 )->Scene:                # the same with places
     "Give every thing a place: one in the middle, two side by side or on top of each other, several in cells"
     ts,n = scene.things,len(scene.things)
+    if not 1<=n<=9: raise ValueError(f'cannot place {n} things: 1 to 9 fit into a picture')
+    if scene.relation and (n!=2 or scene.relation not in INVERSE): raise ValueError(f"cannot place {n} things as {scene.relation!r}: two things, and one of {', '.join(INVERSE)}")
     if n==1: return replace(scene, things=(_place(ts[0], .5, .5, .5, .5, .12, ALONE, rnd),))
     if scene.relation:
         across = scene.relation in ('left of','right of')
         at = (.25,.75) if scene.relation in ('left of','above') else (.75,.25)
         put = lambda t,a: _place(t, a, .5, .25, .5, .06, CELL, rnd) if across else _place(t, .5, a, .5, .25, .06, CELL, rnd)
         return replace(scene, things=tuple(put(t,a) for t,a in zip(ts, at)))
-    if n>9: raise ValueError(f'{n} things do not fit into a picture: at most 9')
     side,radius = (2,CELL) if n<=4 else (3,CROWD)
     half,cells = .5/side,rnd.sample(range(side*side), n)
     return replace(scene, things=tuple(_place(t, (c%side*2+1)*half, (c//side*2+1)*half, half, half, .06, radius, rnd) for t,c in zip(ts, cells)))
@@ -159,6 +161,7 @@ def caption(
 )->str:
     "The scene in words"
     ts,rel,form = scene.things,scene.relation,0
+    if not 1<=len(ts)<=9 or scene.kind=='two' and len(ts)!=2: raise ValueError(f'no caption for {len(ts)} things: one, two, or up to nine that are alike')
     if seed is not None:
         rnd = random.Random(f'caption {seed}')
         if rel and rnd.random()<.5: ts,rel = ts[::-1],INVERSE[rel]
@@ -617,6 +620,7 @@ def score(
 )->dict:           # kind of scene (and `'all'`) -> dict(share, low, high, n): share that matches, Wilson's 95 % interval
     "Grade pictures against captions, per kind of scene"
     if len(images)!=len(captions): raise ValueError(f'{len(images)} pictures cannot be graded against {len(captions)} captions: one each')
+    if not captions: raise ValueError('no pictures to grade')
     stated = [parse(c) for c in captions]
     right = [shows(s, t) for s,t in zip(read_scenes(images), stated)]
     kinds = {'all':right}

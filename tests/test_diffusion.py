@@ -119,6 +119,9 @@ def test_sampled_levels_are_levels(n, S, spread, shift):
     assert t.shape==(n,) and t.dtype==torch.int64 and t.min()>=0 and t.max()<S
     if spread==0: assert (t-min(S-1, math.atan(math.exp(shift))*2/math.pi*S)).abs().max()<=1   # all at the level of that ratio
 
+def test_levels_beyond_either_end_are_the_last_ones():
+    assert sample_t(4, 5, spread=0., shift=40.).tolist()==[4]*4 and sample_t(4, 5, spread=0., shift=-40.).tolist()==[0]*4
+
 # The loss
 
 def test_loss_is_one_number_for_each_example():
@@ -158,6 +161,13 @@ def test_a_row_depends_on_its_own_noise_alone(sampler):
     assert_close(whole, sampler(model, x, lambda i: fresh[i]), atol=0, rtol=0)
     for i in range(5): assert_close(sampler(model, x[i:i+1], lambda k: fresh[k][i:i+1]), whole[i:i+1])
     assert torch.equal(x, given)                                            # and the caller's noise is left as it was
+
+def test_dpm_solver_clips_the_predicted_picture():
+    abar,x = gentle(30),2*randn(3, 4)
+    clipped = lambda x, t, c: model(x, t).clamp(-.3, .3)
+    got = dpm_solver(model, x, None, abar, 6, 'x0', clip=.3)
+    assert_close(got, dpm_solver(clipped, x, None, abar, 6, 'x0'))
+    assert not torch.allclose(got, dpm_solver(model, x, None, abar, 6, 'x0'), atol=.01)
 
 def test_dice_come_from_the_global_generator():
     draw = lambda seed: (torch.manual_seed(seed),ddpm(model, randn(3, 4), None, gentle(10)))[1]

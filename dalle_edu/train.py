@@ -208,7 +208,7 @@ class _Run:
 
     def save(self):
         "Write the checkpoint beside the old one, then put it in its place: whenever the run is killed, one of the two is whole"
-        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters() if p.requires_grad]).all():
             raise ValueError(f'weights are not finite after step {self.step}, and {self.file} is left as it was: lower the learning rate, or look at the batches')
         sums,sources = self.acc.reduce(self.means.sums, 'mean'),gather_object([self.source.state_dict()])
         if not self.acc.is_main_process: return

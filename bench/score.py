@@ -7,7 +7,7 @@
 Columns: `one`, `two`, `count` (full captions of split val), `omissions` (val, captions that leave attributes out), `novel` (full captions
 with a shape-colour pair that was never trained). Work is done in pieces of 100 captions; a run that was stopped goes on with the next piece.
 """
-import argparse, hashlib, json, random, subprocess, sys, time
+import argparse, hashlib, inspect, json, subprocess, sys, time
 from datetime import date
 from pathlib import Path
 
@@ -44,6 +44,14 @@ def digest(folder):
     for p in sorted(folder.rglob('*.safetensors')): h.update(str(p.relative_to(folder)).encode() + p.read_bytes())
     return h.hexdigest()[:12]
 
+def defaults(system):
+    "What `generate` does where nothing is said, so that pieces drawn with other defaults are not counted"
+    if system == 'dvae': return {}
+    from dalle_edu.dalle import DALLE
+    from dalle_edu.dalle2 import DALLE2
+    given = inspect.signature(dict(dalle=DALLE, dalle2=DALLE2)[system].generate).parameters
+    return {k: v.default for k,v in given.items() if isinstance(v.default, (int, float)) and k not in ('n', 'seed', 'px')}
+
 def write(path, what):
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_suffix('.tmp')
@@ -72,7 +80,7 @@ def main():
     ap.add_argument('--name', help='write nbs/results/score_NAME.json; default: the system')
     a = ap.parse_args()
     options = dict(rerank=a.rerank) | (dict(guidance=a.guidance) if a.guidance is not None else {})
-    what = dict(system=a.system, n=a.n, seed=a.seed, weights=digest(a.weights), piece=a.piece, **options)
+    what = dict(system=a.system, n=a.n, seed=a.seed, weights=digest(a.weights), piece=a.piece, **{**defaults(a.system), **options})
     store = root/'.runs'/f'score_{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.json'
     done = json.loads(store.read_text()) if store.exists() else {}
     draw = load(a.system, a.weights, a.device)

@@ -108,7 +108,7 @@ def card(
 )->str:           # Markdown
     "What anybody should know who loads these weights"
     last = {k:v for k,v in result['history'][-1].items() if k not in ('step','lr','seconds')}
-    return '\n'.join([f'# {name}, {size}', '', f'Made by `{command}` on {result["date"]}, {result["machine"]}, {result["seconds"]/60:.0f} minutes.', '',
+    return '\n'.join([f'# {name}, {size}', '', f'Made by `{command}` on {result["date"]}, {result["machine"]}, {(result["seconds"] or 0)/60:.0f} minutes.', '',
                       '| recipe | |', '|---|---|', *(f'| {k} | {v} |' for k,v in recipe.items()), '',
                       '| at the end, mean of the last report | |', '|---|---|', *(f'| {k} | {v:.4g} |' for k,v in last.items()), '',
                       'Training data is drawn afresh for each step by `dalle_edu.shapes` (split `train`); nothing is downloaded.', ''])

@@ -48,8 +48,8 @@ def writing(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    os.close(fd); os.chmod(tmp, 0o644)
-    try: yield Path(tmp); os.replace(tmp, path)
+    os.close(fd)
+    try: yield Path(tmp); os.chmod(tmp, 0o644); os.replace(tmp, path) # some writers, safetensors among them, put a file of their own there
     finally: Path(tmp).unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #d3e6f3f2

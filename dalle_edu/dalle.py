@@ -102,18 +102,18 @@ class DALLE(Pipeline):
     def generate(self,
         captions:list,        # B strings
         n:int=1,              # pictures of each
-        guidance:float=2.,    # how far to lean on the caption; 1 is no guidance
+        guidance:float=1.5,   # how far to lean on the caption; 1 is no guidance
         seed:int=0,           # with a caption's place and a sample's number it decides a picture
         rerank:int=1,         # draw `rerank*n`, keep the `n` that CLIP finds nearest, best first; 1 chooses nothing
         px:int=32,            # side of the pictures: what the models were trained at
-        temperature:float=1., # below 1 sharper
+        temperature:float=.3, # below 1 sharper
         top_k:int=None,       # sample among so many of the likeliest code words
         progress=None,        # wraps the iterable of sampling steps, such as tqdm
     )->Tensor:                # (B,n,3,px,px) in [-1,1]
         "Draw each caption `n` times. Errors: `ValueError` for bad arguments, and the tokenizer's for captions it cannot read"
         return self._go_on(captions, None, n, guidance, seed, rerank, px, temperature, top_k, progress)
 
-    def _go_on(self, captions, given, n, guidance, seed, rerank, px, temperature=1., top_k=None, progress=None):
+    def _go_on(self, captions, given, n, guidance, seed, rerank, px, temperature=.3, top_k=None, progress=None):
         "Draw from a stream that begins with each caption and, where given (B,m), with its first code words"
         def draw(ids, keys, which):
             u = noise(keys, self.prior.cfg.N, device=self.device)
@@ -127,7 +127,7 @@ def complete(
     pictures:Tensor,      # (B,3,px,px) in [-1,1]
     rows:int,             # so many rows of the code grid are kept from the top of each picture
     n:int=1,              # completions of each
-    guidance:float=2.,    # how far to lean on the caption; 1 is no guidance
+    guidance:float=1.5,   # how far to lean on the caption; 1 is no guidance
     seed:int=0,           # as in `generate`
     rerank:int=1,         # as in `generate`
 )->Tensor:                # (B,n,3,px,px) in [-1,1]

@@ -1,12 +1,12 @@
 """What the cells of 05_clip cannot show: random shapes, other people's CLIP, bad input, saving, one batch against its neighbours."""
-import json, math
+import json, math, os, subprocess, sys, textwrap
 import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from dalle_edu.clip import CLIP, CLIPConfig, batches, clip_loss, contrastive_loss, embed_images, embed_texts, recipe
+from dalle_edu.clip import CLIP, CLIPConfig, batches, clip_loss, contrastive_loss, embed_images, embed_texts, gather, recipe
 from dalle_edu.train import fit
 
 tiny = CLIPConfig(px=8, patch=4, D=16, depth=2, heads=2, V=12, L=8, text_D=24, text_depth=2, text_heads=3, E=10)
@@ -215,3 +215,45 @@ def test_the_weights_that_come_along_tell_val_pairs_apart():
     scenes = list({s.attributes:s for s in shapes.sample_scenes(80, 'val', seed=3)}.values())[:64]
     with torch.no_grad(): cos = embed_images(m, shapes.render(scenes))@embed_texts(m, tok.encode([shapes.caption(s) for s in scenes])).T
     for c in (cos, cos.T): assert (c.argmax(1)==torch.arange(64)).float().mean()>.9
+
+# two processes
+
+def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
+    "Real processes, over gloo: one step by hand under DistributedDataParallel, and a short training by `fit`"
+    script = tmp_path/'pair.py'
+    script.write_text(textwrap.dedent('''
+        import os, sys, torch
+        from torch import distributed as dist
+        from dalle_edu.clip import CLIP, CLIPConfig, clip_loss
+        from dalle_edu.train import fit
+        torch.set_num_threads(1)
+        folder,rank,P = sys.argv[1],int(os.environ.get('RANK', 0)),int(os.environ.get('WORLD_SIZE', 1))
+        cfg = CLIPConfig(px=8, patch=4, D=16, depth=1, heads=2, V=20, L=6, text_D=16, text_depth=1, text_heads=2, E=8)
+        def model(): torch.manual_seed(0); return CLIP(cfg).train()
+        def batch(seed, step, rank, n):
+            g = torch.Generator().manual_seed(step); B = n*P
+            ids = torch.cat([torch.randint(1, 19, (B, 4), generator=g),torch.full((B, 1), 19),torch.zeros(B, 1, dtype=torch.long)], 1)
+            return {k: v[rank*n:rank*n+n] for k,v in dict(pixels=torch.rand(B, 3, 8, 8, generator=g)*2-1, ids=ids).items()}
+        class Net(torch.nn.Module):
+            def __init__(self): super().__init__(); self.model = model()
+            def forward(self, batch): return clip_loss(self.model, batch, 0)[0]
+        net = Net()
+        if P>1: dist.init_process_group('gloo'); wrapped = torch.nn.parallel.DistributedDataParallel(net)
+        loss = (wrapped if P>1 else net)(batch(0, 7, rank, 12//P)); loss.backward()
+        trained = model(); history = fit(trained, clip_loss, batch, steps=4, batch=12//P, lr=1e-2, warmup=1, progress=False, device='cpu', precision='fp32', log_every=1)
+        torch.save(dict(loss=loss.detach(), grads={k: p.grad for k,p in net.model.named_parameters()}, losses=[r['loss'] for r in history], weights=trained.state_dict()), f'{folder}/{P}.{rank}.pt')
+        if P>1: dist.destroy_process_group()
+    '''))
+    for launch in ([], ['-m','torch.distributed.run','--standalone','--nproc_per_node','2']):
+        subprocess.run([sys.executable, *launch, script, tmp_path], check=True, timeout=300, capture_output=True, env={**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join(sys.path)})
+    one,*both = (torch.load(tmp_path/name) for name in ('1.0.pt','2.0.pt','2.1.pt'))
+    for two in both:
+        assert_close(two['loss'], one['loss'], atol=1e-5, rtol=0)
+        assert_close(two['grads'], one['grads'], atol=1e-5, rtol=1e-5)
+        assert_close(two['losses'], one['losses'], atol=1e-4, rtol=1e-4)
+    assert_close(dict(both[0]['weights']), dict(both[1]['weights']), rtol=0, atol=0)
+    assert one['losses'][0] != one['losses'][-1] and max(g.abs().max() for g in one['grads'].values()) > 1e-2
+
+def test_one_process_gathers_nothing():
+    x = torch.randn(3, 4)
+    assert gather(x) is x

@@ -174,6 +174,8 @@ def test_writing_makes_folders_and_readable_files(tmp_path):
         assert tmp.parent==file.parent and not file.exists()                      # one file system: the rename is one step
         tmp.write_text('new')
     assert file.read_text()=='new' and file.stat().st_mode&0o777==0o644 and no_leftovers(file.parent)
+    with writing(file) as tmp: tmp.unlink(); os.close(os.open(tmp, os.O_CREAT|os.O_WRONLY, 0o600))  # as safetensors does
+    assert file.stat().st_mode&0o777==0o644
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path):
     with writing(tmp_path/'x') as a, writing(tmp_path/'x') as b:

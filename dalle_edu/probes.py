@@ -319,7 +319,7 @@ def swapped(
     seed=0,
     other:bool=False, # not an exchange: one thing gets a value that neither has (the control)
 )->list:              # pairs of `Scene`s
-    "Pairs of scenes whose full captions have the same words in another order"
+    "Pairs of scenes whose full captions have the same words in another order; for places, with the relation reversed"
     known = ('shape','color','fill','left and right','above and below')
     if what not in known or other and what not in known[:3]: raise ValueError(f'cannot swap {what!r}{" for another value" if other else ""}: one of {", ".join(known)}; the control, for attributes')
     res,k,rnd = [],0,random.Random(f'swapped {what} {split} {seed} {other}')

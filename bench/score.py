@@ -5,9 +5,9 @@
     python bench/score.py --system dvae             # the ceiling of DALL-E: true pictures, encoded and decoded
 
 Columns: `one`, `two`, `count` (full captions of split val), `omissions` (val, captions that leave attributes out), `novel` (full captions
-with a shape-colour pair that was never trained). Work is done in pieces of 100 captions; a run that was stopped goes on with the next piece.
+with a shape-colour pair that was never trained). Intervals are the wider of Wilson's and a bootstrap over captions. Work is done in pieces of 100 captions; a run that was stopped goes on with the next piece.
 """
-import argparse, hashlib, inspect, json, subprocess, sys, time
+import argparse, hashlib, inspect, json, random, subprocess, sys, time
 from datetime import date
 from pathlib import Path
 
@@ -66,6 +66,14 @@ def pool(parts):
         res[kind] = {a: round(b, 4) for a,b in shapes._wilson(k, n).items()}
     return res
 
+def over_captions(captions, right, draws=2000):
+    "95 % interval of a share when whole captions are drawn anew, since pictures of one caption stand or fall together"
+    groups,rnd = {},random.Random(0)
+    for c,ok in zip(captions, right): groups.setdefault(c, []).append(ok)
+    groups = list(groups.values())
+    shares = sorted(sum(map(sum, g))/sum(map(len, g)) for g in (rnd.choices(groups, k=len(groups)) for _ in range(draws)))
+    return shares[draws//40],shares[-draws//40-1]
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--system', choices=['dalle', 'dalle2', 'dvae'], required=True)
@@ -80,7 +88,7 @@ def main():
     ap.add_argument('--name', help='write nbs/results/score_NAME.json; default: the system')
     a = ap.parse_args()
     options = dict(rerank=a.rerank) | (dict(guidance=a.guidance) if a.guidance is not None else {})
-    what = dict(system=a.system, n=a.n, seed=a.seed, weights=digest(a.weights), piece=a.piece, **{**defaults(a.system), **options})
+    what = dict(version=2, system=a.system, n=a.n, seed=a.seed, weights=digest(a.weights), piece=a.piece, **{**defaults(a.system), **options})
     store = root/'.runs'/f'score_{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.json'
     done = json.loads(store.read_text()) if store.exists() else {}
     draw = load(a.system, a.weights, a.device)
@@ -91,11 +99,16 @@ def main():
             if key in done: continue
             start,part = time.time(),slice(at, at+a.piece)
             pictures = draw(scenes[part], captions[part], a.seed*100_003+at, options)
-            score = shapes.score(pictures.cpu(), captions[part])
-            done[key] = dict(seconds=time.time()-start, counts={k: [round(v['share']*v['n']), v['n']] for k,v in score.items()})
+            stated = [shapes.parse(c) for c in captions[part]]
+            right = [shapes.shows(s, t) for s,t in zip(shapes.read_scenes(pictures.cpu()), stated)]
+            kinds = {'all': right} | {k: [r for r,t in zip(right, stated) if t.kind == k] for k in dict.fromkeys(t.kind for t in stated)}
+            done[key] = dict(seconds=time.time()-start, right=right, counts={k: [sum(v), len(v)] for k,v in kinds.items()})
             write(store, done)
             print(f"{key}: {done[key]['counts']['all']}", flush=True)
     figures = {c: pool([v['counts'] for k,v in done.items() if k.split()[0] == c]) for c in a.columns}
+    for c,f in figures.items():                     # the wider of the two intervals
+        low,high = over_captions(ask(c, a.n, a.seed)[1], [r for at in range(0, a.n, a.piece) for r in done[f'{c} {at}']['right']])
+        f['all'] |= dict(low=round(min(low, f['all']['low']), 4), high=round(max(high, f['all']['high']), 4))
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=root, capture_output=True, text=True).stdout.strip()
     seconds = round(sum(v['seconds'] for k,v in done.items() if k.split()[0] in a.columns), 1)
     write(root/'nbs'/'results'/f'score_{a.name or a.system}.json', dict(command=' '.join(['python', 'bench/score.py', *sys.argv[1:]]), commit=commit,

@@ -12,7 +12,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from dataclasses import dataclass
 from torch import nn, Tensor
-from torch.distributed.nn.functional import all_gather
 from .core import Pretrained
 from .transformer import Transformer, TransformerConfig
 
@@ -39,6 +38,7 @@ def gather(
 )->Tensor:    # (P·n,E) of all P processes, in their order, the same everywhere; `x` itself where there is one
     "Embeddings of all processes. The gradient comes back as well: each process gets the sum of what all of them ask of its rows"
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size()>1): return x
+    from torch.distributed.nn.functional import all_gather                 # here, as some builds of PyTorch have none
     return torch.cat(all_gather(x.float().contiguous()))
 
 # %% ../nbs/05_clip.ipynb #ede51c81

@@ -94,7 +94,7 @@ def setup(
     cfg,recipe = model_class.config_class.size(size),module.recipe(size)
     if hasattr(cfg, 'V'): cfg = replace(cfg, V=tokenizer.V, L=tokenizer.L)
     px = dict(laptop=32, gpu=64)[size]
-    source = partial(shapes.contrast_batch if name=='clip' else shapes.draw_batch, px=px)
+    source = partial(dict(clip=shapes.contrast_batch, decoder=shapes.singles_batch).get(name, shapes.draw_batch), px=px)
     reads = (tokenizer,) if hasattr(cfg, 'V') else ()
     return model_class(cfg),loss,module.batches(source, *reads, *(others[k] for k in NEEDS[name])),recipe
 
@@ -119,10 +119,17 @@ def _load(name, folder, device):
     place = folder/name
     return cls.from_pretrained(place if place.is_dir() else 'laptop').to(device)
 
+def _begin(model, folder):
+    "Give `model` the weights of another run"
+    there = type(model).from_pretrained(folder)
+    if there.cfg!=model.cfg: raise ValueError(f'{folder} holds {there.cfg}, but this training is of {model.cfg}: start from weights of the same sizes')
+    model.load_state_dict(there.state_dict())
+
 def train(
     name:str,            # one of `NEEDS`, or 'all': each in turn
     size:str='laptop',   # 'laptop' (32 px, two CPU cores) or 'gpu' (64 px, one GPU or several)
     out=None,            # folder; each model has its own in it, with weights, card and checkpoint. `runs/SIZE` if left out
+    init=None,           # weights to begin with: a folder of such a model, or 'laptop' for the one that comes along; random numbers if left out
     device=None,         # chosen by `pick_device` if left out
     progress:bool=True,  # show a bar
     say=print,           # where the report goes
@@ -133,17 +140,20 @@ def train(
     if name not in (*NEEDS,'all'): raise ValueError(f"no model {name!r}: {', '.join(NEEDS)} or all")
     if size not in ('laptop','gpu'): raise ValueError(f"no size {size!r}: 'laptop' or 'gpu'")
     folder,device = Path(out or f'runs/{size}'),pick_device(device)
+    if init and name=='all': raise ValueError(f'init={str(init)!r} is one model, and all are to be trained: name one')
     tokenizer,done,first = Tokenizer.load('laptop'),{},int(os.environ.get('RANK', 0))==0
     for one in NEEDS if name=='all' else [name]:
         missing = [k for k in NEEDS[one] if size!='laptop' and not (folder/k/'model.safetensors').is_file()]
         if missing: raise FileNotFoundError(f"{one} looks through {missing[0]}, and {folder/missing[0]} has no weights: dalle-edu train {missing[0]} --size {size} --out {folder}")
         torch.manual_seed(over.get('seed', 0))
         model,loss,batches,recipe = setup(one, size, tokenizer, {k: _load(k, folder, device) for k in NEEDS[one]})
+        if init: _begin(model, init)
         recipe = {**recipe, **over}
         say(f"{one}: {sum(p.numel() for p in model.parameters()):,} parameters, {recipe['steps']} steps of {recipe['batch']} on {device}")
         history = fit(model, loss, batches, **recipe, folder=folder/one, device=device, progress=progress)
         if not first: continue
-        command = f"dalle-edu train {one} --size {size}"+''.join(f' --{k.replace("_", "-")} {v}' for k,v in over.items())
+        many = int(os.environ.get('WORLD_SIZE', 1))
+        command = f"{f'torchrun --nproc_per_node {many} -m dalle_edu' if many>1 else 'dalle-edu'} train {one} --size {size}{f' --init {init}' if init else ''}"+''.join(f' --{k.replace("_", "-")} {v}' for k,v in over.items())
         model.save_pretrained(folder/one, dtype=torch.float16)
         done[one] = record('training', history, command, folder=folder/one, device=device)
         with writing(folder/one/'README.md') as tmp: tmp.write_text(card(one, size, command, done[one], recipe), encoding='utf-8')
@@ -168,6 +178,7 @@ def _arguments():
     t.add_argument('name', choices=[*NEEDS,'all'], metavar='NAME', help=', '.join(NEEDS)+' or all')
     t.add_argument('--size', choices=['laptop','gpu'], default='laptop')
     t.add_argument('--out', help='folder for the models (default: runs/SIZE)')
+    t.add_argument('--init', help='weights to begin with: laptop, or a folder of such a model (default: random numbers)')
     t.add_argument('--device', help='cpu, cuda or mps; default: the best that is there')
     for k,kind in dict(steps=int, batch=int, lr=float, seed=int, accumulate=int, save_every=int).items(): t.add_argument(f"--{k.replace('_', '-')}", type=kind, help="in place of the recipe's or `fit`'s own")
     t.add_argument('--precision', choices=['auto','fp32','bf16'])

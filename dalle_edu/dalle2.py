@@ -34,7 +34,7 @@ class DALLE2(Pipeline):
     def generate(self,
         captions:list,             # B strings
         n:int=1,                   # pictures of each
-        guidance:float=2.,         # of the decoder: how far to lean on the embedding; 1 is no guidance
+        guidance:float=2.,         # of the decoder: how far to lean on embedding and caption; 1 is no guidance
         seed:int=0,                # with a caption's place and a sample's number it decides a picture
         rerank:int=1,              # draw `rerank*n`, keep the `n` that CLIP finds nearest, best first; 1 chooses nothing
         px:int=32,                 # side of the pictures: what the models were trained at
@@ -47,5 +47,5 @@ class DALLE2(Pipeline):
         def draw(ids, keys, which):
             z_i = self.embed(ids, [(*k, 'z_i') for k in keys], prior_guidance, prior_steps)
             xT = noise([(*k, 'x') for k in keys], 3, px, px, device=self.device, normal=True)
-            return sample_pixels(self.decoder, z_i, xT, steps=steps, guidance=guidance, progress=progress)
+            return sample_pixels(self.decoder, z_i, xT, ids, steps, guidance=guidance, progress=progress)
         return self._draw(captions, n, seed, rerank, px, 64, draw)

@@ -6,7 +6,8 @@
 __all__ = ['SHAPES', 'COLORS', 'FILLS', 'SIZES', 'BACKGROUNDS', 'INVERSE', 'NUMBERS', 'NOVEL', 'ALONE', 'CELL', 'CROWD', 'MARGIN',
            'TONE', 'SIDE', 'LAYOUTS', 'SOFT', 'TRIES', 'STEPS', 'FINALISTS', 'TOLERANCE', 'Thing', 'Scene', 'split_of',
            'lay_out', 'sample_scenes', 'caption', 'parse', 'distance', 'coverage', 'check', 'render', 'residual',
-           'read_scenes', 'describe', 'shows', 'matches', 'score', 'draw_batch', 'contrast_batch', 'alter']
+           'read_scenes', 'describe', 'shows', 'matches', 'score', 'draw_batch', 'contrast_batch', 'singles_batch',
+           'alter']
 
 # %% ../nbs/01_shapes.ipynb #776178e0
 import hashlib, math, random
@@ -661,6 +662,17 @@ def contrast_batch(
     "Training batches for a contrastive loss: every second one from a corner, one kind of scene, two colours and one background, captions in full"
     near = step%2==1
     return draw_batch(seed, step, rank, n, px, kind=('one','two','count')[step//2%3] if near else None, full=1. if near else .5, corner=float(near))
+
+# %% ../nbs/01_shapes.ipynb #ea1b94fe
+def singles_batch(
+    seed:int,  # of the run
+    step:int,  # of the training
+    rank:int,  # of the process
+    n:int,     # pictures
+    px:int=32, # side in pixels
+)->tuple:      # (n,3,px,px) pixels in [-1,1], and a list of n captions
+    "Training pictures of which three batches in four show one object"
+    return draw_batch(seed, step, rank, n, px, kind='one' if step%4 else None)
 
 # %% ../nbs/01_shapes.ipynb #4abe522a
 def alter(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 
-from dalle_edu import shapes
+from dalle_edu import dvae, shapes
 from dalle_edu.cli import NEEDS, draw, main, sheet, train
 
 env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
@@ -63,6 +63,27 @@ def test_a_model_without_its_predecessor_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match='dalle-edu train clip --size gpu'): train('decoder', size='gpu', out=tmp_path, **tiny)
     with pytest.raises(ValueError, match='no model'): train('gan', out=tmp_path, **tiny)
     with pytest.raises(ValueError, match='no size'): train('clip', size='huge', out=tmp_path, **tiny)
+
+def test_a_training_may_begin_with_given_weights(tmp_path):
+    "After one step at a rate of almost nothing it is where it began; the card says where that was"
+    slow = {**tiny, 'steps': 1, 'lr': 1e-9, 'ema': None}
+    train('dvae', out=tmp_path/'a', seed=1, **tiny)
+    train('dvae', out=tmp_path/'b', init=tmp_path/'a'/'dvae', **slow)
+    train('dvae', out=tmp_path/'c', **slow)
+    a,b,c = (dvae.DVAE.from_pretrained(tmp_path/k/'dvae').state_dict() for k in 'abc')
+    torch.testing.assert_close(b, a, atol=1e-3, rtol=1e-3)
+    assert any((a[k]-c[k]).abs().max() > 1e-2 for k in a)
+    assert '--init' in (tmp_path/'b'/'dvae'/'README.md').read_text()
+
+@pytest.mark.parametrize('words, message', [(['all', '--init', 'laptop'], 'one model'), (['dvae', '--init', 'nowhere/at/all'], 'nowhere')])
+def test_weights_to_begin_with_are_looked_at(tmp_path, capsys, words, message):
+    assert main(['train', *words, '--steps', '1', '--batch', '2', '--device', 'cpu', '--quiet', '--out', str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+def test_weights_of_other_sizes_are_no_beginning(tmp_path):
+    from dataclasses import replace
+    dvae.DVAE(replace(dvae.DVAEConfig.size('laptop'), D=dvae.DVAEConfig.size('laptop').D//2)).save_pretrained(tmp_path/'small')
+    with pytest.raises(ValueError, match='same sizes'): train('dvae', out=tmp_path/'x', init=tmp_path/'small', **tiny)
 
 def test_a_killed_command_goes_on_to_the_same_weights(tmp_path):
     words = ['train', 'dvae', '--steps', '300', '--batch', '2', '--save-every', '5', '--device', 'cpu', '--quiet']

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from dalle_edu.diffusion import cosine_abar, diffusion_loss
-from dalle_edu.unet import PixelAttention, ResBlock, UNet, UNetConfig, time_embedding
+from dalle_edu.unet import PixelAttention, ResBlock, Trunk, UNet, UNetConfig, time_embedding
 
 tiny = UNetConfig(px=8, D=8, head=4, mults=(1,2), blocks=1, attn=(2,), cond=5, context=6)
 quick = settings(max_examples=15, deadline=None)
@@ -75,10 +75,36 @@ def test_attention_of_one_place_by_a_loop():
         out[part] = sum(a*v for a,v in zip(w, values))
     assert_close(attn(x, context)[0,:,1,0], x[0,:,1,0]+attn.out(out), atol=1e-5, rtol=1e-4)
 
+def test_an_unsteered_trunk_is_the_transformer_of_04():
+    cfg = replace(tiny, trunk=2); torch.manual_seed(0)
+    trunk,x,context = Trunk(cfg, 16, 2).eval(),randn(3, 16, 2, 2),randn(3, 4, 6, seed=1)
+    tokens = torch.cat([x.flatten(2).transpose(1, 2)+trunk.place,trunk.context(context)], 1)
+    assert_close(trunk(x, randn(3, 32), context), trunk.body(tokens)[:,:4].transpose(1, 2).view(3, 16, 2, 2), atol=1e-5, rtol=1e-4)
+
+def test_a_steered_block_written_plainly():
+    "adaLN, for one picture: what a branch reads is scaled and shifted, what it adds is scaled"
+    cfg = replace(tiny, trunk=1, context=0); torch.manual_seed(0)
+    trunk,x,emb = awake(Trunk(cfg, 8, 2)).eval(),randn(1, 8, 2, 2),randn(1, 32, seed=1)
+    s1,b1,g1,s2,b2,g2 = trunk.steer(F.silu(emb)).view(6, 8)+trunk.own[0]
+    block,y = trunk.body.blocks[0],x.flatten(2)[0].T+trunk.place
+    y = y+(1+g1)*block.attn((block.norm1(y)*(1+s1)+b1)[None])[0]
+    h = block.norm2(y)*(1+s2)+b2
+    want = y+(1+g2)*(F.gelu(h@block.up.weight.T+block.up.bias)@block.down.weight.T+block.down.bias)
+    assert_close(trunk(x, emb)[0].flatten(1).T, want, atol=1e-5, rtol=1e-4)
+
+@pytest.mark.parametrize('trunk', [0, 1])
+def test_context_that_is_not_seen_might_as_well_not_be_there(trunk):
+    net,(x,t,cond,context) = make(replace(tiny, trunk=trunk)).eval(),given_to(tiny)
+    seen = torch.tensor([[True,True,False,False],[True]*4,[False]*4])
+    y = net(x, t, cond, context, seen)
+    for i,n in enumerate((2,4,0)): assert_close(y[i:i+1], net(x[i:i+1], t[i:i+1], cond[i:i+1], context[i:i+1,:n]), atol=1e-4, rtol=1e-4)
+    assert_close(net(x, t, cond, torch.where(seen[...,None], context, 99.), seen), y)
+
 # The whole
 
 @pytest.mark.parametrize('change', [dict(), dict(patch=1, attn=(8,)), dict(patch=4, mults=(1,), attn=(2,)), dict(mults=(1,2,3), px=16, attn=(8,2)), dict(blocks=3), dict(C=6, out=3),
-                                    dict(cond=0), dict(context=0), dict(context=0, attn=()), dict(mults=(2,1,2), px=16, attn=(4,)), dict(dropout=.5)])
+                                    dict(cond=0), dict(context=0), dict(context=0, attn=()), dict(mults=(2,1,2), px=16, attn=(4,)), dict(dropout=.5),
+                                    dict(trunk=1), dict(trunk=2, mults=(1,2,3), px=16, attn=(4,2)), dict(trunk=2, context=0), dict(trunk=1, blocks=2)])
 def test_every_shape_of_network(change):
     cfg = replace(tiny, **change)
     torch.manual_seed(0); net = UNet(cfg)
@@ -158,6 +184,7 @@ def test_time_embedding_has_one_length_and_depends_on_differences(a, b, half):
 
 @pytest.mark.parametrize('change, words', [
     (dict(px=10), '10 pixels.*4 divides'), (dict(px=0), '0 pixels'), (dict(px=-8), '-8 pixels'), (dict(D=6), 'D=6.*multiple of 4'), (dict(D=0), 'D=0'),
+    (dict(trunk=-1), 'trunk=-1'), (dict(trunk=1, mults=(1,), attn=(4,)), 'trunk=1.*second'), (dict(trunk=1, attn=(4,), context=0), 'trunk=1.*side 2 in attn'),
     (dict(attn=(8,)), r'\(8,\).*\(4, 2\)'), (dict(px=16), r'\(2,\).*\(8, 4\)'), (dict(attn=(), context=6), 'context=6.*attn'), (dict(D=20, head=12), '40 channels.*3 heads')])
 def test_configurations_that_cannot_be_built(change, words):
     with pytest.raises(ValueError, match=words): replace(tiny, **change)

@@ -96,7 +96,7 @@ class Decoder(Pretrained, nn.Module):
         "Refuse shapes that do not fit, without waiting for the device"
         E,L = self.cfg.E,self.cfg.L
         if tuple(z.shape)!=(B,E): raise ValueError(f'embeddings of shape {tuple(z.shape)}: this decoder takes ({B},{E}), from the CLIP that it was trained with')
-        if tuple(ids.shape)!=(B,L): raise ValueError(f'ids of shape {tuple(ids.shape)}: this decoder takes ({B},{L}), from the tokenizer that it was trained with')
+        if ids.is_floating_point() or tuple(ids.shape)!=(B,L): raise ValueError(f'ids {ids.dtype} of shape {tuple(ids.shape)}: this decoder takes whole numbers ({B},{L}), from the tokenizer that it was trained with')
 
 # %% ../nbs/14_decoder.ipynb #f6179489
 def decoder_loss(
@@ -151,6 +151,7 @@ def sample_pixels(
     px,B = model.cfg.px,len(z_i)
     cond = condition(z_i, ids, model.cfg.L)
     model.check(cond['z'], cond['ids'], B)
+    if cond['ids'].min()<0 or cond['ids'].max()>=model.cfg.V: raise ValueError(f"ids in [{cond['ids'].min()}, {cond['ids'].max()}]: this decoder reads 0 to {model.cfg.V-1}, so another tokenizer wrote them")
     if xT.shape!=(B,3,px,px): raise ValueError(f'noise xT of shape {tuple(xT.shape)} for {B} embeddings: need ({B},3,{px},{px})')
     if not 0<=guidance<math.inf: raise ValueError(f'guidance {guidance}: must be 0 or more, 1 for none')
     net = guided(model, guidance, dict(z=model.null.expand_as(cond['z']), ids=torch.zeros_like(cond['ids'])))

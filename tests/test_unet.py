@@ -100,6 +100,12 @@ def test_context_that_is_not_seen_might_as_well_not_be_there(trunk):
     for i,n in enumerate((2,4,0)): assert_close(y[i:i+1], net(x[i:i+1], t[i:i+1], cond[i:i+1], context[i:i+1,:n]), atol=1e-4, rtol=1e-4)
     assert_close(net(x, t, cond, torch.where(seen[...,None], context, 99.), seen), y)
 
+@pytest.mark.parametrize('seen', [torch.ones(3, 5, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool), torch.ones(3, 4)], ids=['tokens','rows','dtype'])
+def test_what_is_seen_must_fit_the_context(seen):
+    x,t,cond,context = given_to(tiny)
+    with pytest.raises(ValueError, match='seen torch.*one boolean for each token'): make()(x, t, cond, context, seen)
+    with pytest.raises(ValueError, match='seen torch'): make()(x, t, cond, None, torch.ones(3, 4, dtype=torch.bool))
+
 # The whole
 
 @pytest.mark.parametrize('change', [dict(), dict(patch=1, attn=(8,)), dict(patch=4, mults=(1,), attn=(2,)), dict(mults=(1,2,3), px=16, attn=(8,2)), dict(blocks=3), dict(C=6, out=3),

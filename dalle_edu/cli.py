@@ -79,7 +79,7 @@ def draw(
     return right
 
 # %% ../nbs/20_scale.ipynb #5d9921e3
-NEEDS = dict(clip=(), dvae=(), prior=('dvae',), unclip_prior=('clip',), decoder=('clip',)) # in the order in which `train all` goes
+NEEDS = dict(clip=(), dvae=(), prior=('dvae',), unclip_prior=('clip',), decoder=('clip','dvae')) # in the order in which `train all` goes
 
 def setup(
     name:str,            # one of `NEEDS`
@@ -96,7 +96,9 @@ def setup(
     px = dict(laptop=32, gpu=64)[size]
     source = partial(dict(clip=shapes.contrast_batch, decoder=shapes.singles_batch).get(name, shapes.draw_batch), px=px)
     reads = (tokenizer,) if hasattr(cfg, 'V') else ()
-    return model_class(cfg),loss,module.batches(source, *reads, *(others[k] for k in NEEDS[name])),recipe
+    model = model_class(cfg)
+    if name=='decoder': model.set_codebook(others['dvae'], shapes.draw_batch(0, 0, 0, 1000, px)[0].to(next(others['dvae'].parameters()).device))
+    return model,loss,module.batches(source, *reads, *(others[k] for k in NEEDS[name])),recipe
 
 # %% ../nbs/20_scale.ipynb #78fc59a1
 def card(

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from .clip import CLIP, embed_texts
 from .dalle import Pipeline, noise
-from .decoder import Decoder, sample_pixels
+from .decoder import Decoder, sample_grid
+from .dvae import DVAE
 from .unclip_prior import UnCLIPPrior, sample_embedding
 
 # %% ../nbs/16_dalle2.ipynb #41690052
 class DALLE2(Pipeline):
     "Caption -> CLIP text embedding -> CLIP image embedding -> picture (Ramesh et al. 2022)"
-    name,parts = 'dalle2',dict(clip=CLIP, unclip_prior=UnCLIPPrior, decoder=Decoder)
+    name,parts = 'dalle2',dict(clip=CLIP, unclip_prior=UnCLIPPrior, decoder=Decoder, dvae=DVAE)
 
     @property
-    def px(self): return self.decoder.cfg.px # side of its pictures
+    def px(self): return self.decoder.cfg.side*self.dvae.cfg.factor # side of its pictures
 
     def embed(self,
         ids:Tensor,                # (B,L) int64, captions
@@ -31,6 +32,18 @@ class DALLE2(Pipeline):
         z_t = embed_texts(self.clip, ids)                                                    # (B,E)
         return sample_embedding(self.unclip_prior, ids, z_t, noise(keys, z_t.shape[1], device=self.device, normal=True), steps=steps, guidance=guidance)
 
+    def paint(self,
+        z_i:Tensor,                # (B,E), rows of length 1
+        keys:list,                 # B keys of the noise
+        ids:Tensor=None,           # (B,L) int64, captions; none if left out
+        guidance:float=2.,         # 1 is none
+        steps:int=20,              # of the decoder
+        progress=None,             # wraps the iterable of the steps, such as tqdm
+    )->Tensor:                     # (B,3,px,px) in [-1,1]
+        "Embedding (and caption) -> picture: the decoder chooses code words, the dVAE paints them"
+        def draw(*more): return noise([(*k, *more) for k in keys], self.decoder.cfg.N, self.decoder.cfg.c, device=self.device, normal=True)
+        return self.dvae.decode(sample_grid(self.decoder, z_i, draw(), ids, steps, guidance, noise=draw, progress=progress))
+
     def generate(self,
         captions:list,             # B strings
         n:int=1,                   # pictures of each
@@ -39,13 +52,12 @@ class DALLE2(Pipeline):
         rerank:int=1,              # draw `rerank*n`, keep the `n` that CLIP finds nearest, best first; 1 chooses nothing
         px:int=32,                 # side of the pictures: what the models were trained at
         prior_guidance:float=1.,   # of the prior: how far to lean on the caption
-        steps:int=30,              # of the decoder
+        steps:int=20,              # of the decoder
         prior_steps:int=25,        # of the prior
         progress=None,             # wraps the iterable of the decoder's steps, such as tqdm
     )->Tensor:                     # (B,n,3,px,px) in [-1,1]
         "Draw each caption `n` times. Errors: `ValueError` for bad arguments, and the tokenizer's for captions it cannot read"
         def draw(ids, keys, which):
             z_i = self.embed(ids, [(*k, 'z_i') for k in keys], prior_guidance, prior_steps)
-            xT = noise([(*k, 'x') for k in keys], 3, px, px, device=self.device, normal=True)
-            return sample_pixels(self.decoder, z_i, xT, ids, steps, guidance=guidance, progress=progress)
+            return self.paint(z_i, [(*k, 'x') for k in keys], ids, guidance, steps, progress)
         return self._draw(captions, n, seed, rerank, px, 64, draw)

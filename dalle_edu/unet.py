@@ -122,11 +122,11 @@ def _steered(block, x, six, mask):
 
 class Trunk(nn.Module):
     "A transformer over places and context"
-    def __init__(self, cfg, D, side):
+    def __init__(self, D, depth, head, side, E, context=0, dropout=0.):
         super().__init__()
-        self.body = Transformer(TransformerConfig(D=D, depth=cfg.trunk, heads=max(1, D//cfg.head), dropout=cfg.dropout))
-        self.place,self.context = nn.Parameter(.02*torch.randn(side*side, D)),nn.Linear(cfg.context, D) if cfg.context else None
-        self.steer,self.own = _zero(nn.Linear(cfg.E, 6*D)),nn.Parameter(torch.zeros(cfg.trunk, 6, D))
+        self.body = Transformer(TransformerConfig(D=D, depth=depth, heads=max(1, D//head), dropout=dropout))
+        self.place,self.context = nn.Parameter(.02*torch.randn(side*side, D)),nn.Linear(context, D) if context else None
+        self.steer,self.own = _zero(nn.Linear(E, 6*D)),nn.Parameter(torch.zeros(depth, 6, D))
 
     def forward(self, x, emb, context=None, seen=None):
         B,D,H,W = x.shape
@@ -153,7 +153,7 @@ class UNet(nn.Module):
                 self.down.append(nn.Conv2d(c, wide, 3, 2, 1)); c,side = wide,side//2; left.append(c)
             if i==bottom: left.pop(); break                                # a trunk has its own ways around its blocks
             for _ in range(cfg.blocks): self.down.append(Level(cfg, c, m*D, side)); c = m*D; left.append(c)
-        self.mid = nn.ModuleList([Trunk(cfg, c, side)] if cfg.trunk else [Level(cfg, c, c, side), Level(cfg, c, c, side)])
+        self.mid = nn.ModuleList([Trunk(c, cfg.trunk, cfg.head, side, cfg.E, cfg.context, cfg.dropout)] if cfg.trunk else [Level(cfg, c, c, side), Level(cfg, c, c, side)])
         self.up = nn.ModuleList()
         for i,m in reversed(list(enumerate(cfg.mults))):
             for _ in range(0 if i==bottom else cfg.blocks+1): self.up.append(Level(cfg, c+left.pop(), m*D, side)); c = m*D

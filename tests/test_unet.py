@@ -76,15 +76,15 @@ def test_attention_of_one_place_by_a_loop():
     assert_close(attn(x, context)[0,:,1,0], x[0,:,1,0]+attn.out(out), atol=1e-5, rtol=1e-4)
 
 def test_an_unsteered_trunk_is_the_transformer_of_04():
-    cfg = replace(tiny, trunk=2); torch.manual_seed(0)
-    trunk,x,context = Trunk(cfg, 16, 2).eval(),randn(3, 16, 2, 2),randn(3, 4, 6, seed=1)
+    torch.manual_seed(0)
+    trunk,x,context = Trunk(16, 2, tiny.head, 2, 32, context=6).eval(),randn(3, 16, 2, 2),randn(3, 4, 6, seed=1)
     tokens = torch.cat([x.flatten(2).transpose(1, 2)+trunk.place,trunk.context(context)], 1)
     assert_close(trunk(x, randn(3, 32), context), trunk.body(tokens)[:,:4].transpose(1, 2).view(3, 16, 2, 2), atol=1e-5, rtol=1e-4)
 
 def test_a_steered_block_written_plainly():
     "adaLN, for one picture: what a branch reads is scaled and shifted, what it adds is scaled"
-    cfg = replace(tiny, trunk=1, context=0); torch.manual_seed(0)
-    trunk,x,emb = awake(Trunk(cfg, 8, 2)).eval(),randn(1, 8, 2, 2),randn(1, 32, seed=1)
+    torch.manual_seed(0)
+    trunk,x,emb = awake(Trunk(8, 1, tiny.head, 2, 32)).eval(),randn(1, 8, 2, 2),randn(1, 32, seed=1)
     s1,b1,g1,s2,b2,g2 = trunk.steer(F.silu(emb)).view(6, 8)+trunk.own[0]
     block,y = trunk.body.blocks[0],x.flatten(2)[0].T+trunk.place
     y = y+(1+g1)*block.attn((block.norm1(y)*(1+s1)+b1)[None])[0]

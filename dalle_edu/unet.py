@@ -24,7 +24,6 @@ class UNetConfig:
     mults:tuple=(1,2)    # Channels of each level, in multiples of D; each halves the side of the one before
     blocks:int=2         # Residual blocks a level
     attn:tuple=(8,)      # Sides at which there is attention
-    trunk:int=0          # Transformer blocks that are all there is at the last level; 0: convolutions, as at the others
     head:int=64          # Width of an attention head
     cond:int=0           # Width of the vector that joins the time; 0 for none
     context:int=0        # Width of the tokens that attention may look at; 0 for none
@@ -36,8 +35,6 @@ class UNetConfig:
         if self.D<4 or self.D%4: raise ValueError(f'D={self.D}: the norms have 4 groups, so choose a multiple of 4')
         if set(self.attn)-set(self.sides): raise ValueError(f'attention at sides {tuple(self.attn)}: the levels of this network have sides {self.sides}')
         if self.context and not self.attn: raise ValueError(f'context={self.context}: attention alone reads tokens, so name a side in attn')
-        if self.trunk<0: raise ValueError(f'trunk={self.trunk}: give a number of blocks, 0 for none')
-        if self.trunk and (len(self.mults)<2 or self.sides[-1] not in self.attn): raise ValueError(f'trunk={self.trunk}: it takes the place of the second or a later level, and attends: name its side {self.sides[-1]} in attn')
         for side,m in zip(self.sides, self.mults):
             if side in self.attn and m*self.D%max(1, m*self.D//self.head): raise ValueError(f'{m*self.D} channels do not split into {m*self.D//self.head} heads: choose a head width that divides them')
 
@@ -146,17 +143,14 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(D, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
         self.cond = nn.Linear(cfg.cond, cfg.E) if cfg.cond else None
         self.first,self.place = nn.Conv2d(cfg.C*p, D, 3, padding=1),nn.Parameter(torch.zeros(D, side, side))
-        c,left,self.down,bottom = D,[D],nn.ModuleList(),len(cfg.mults)-1 if cfg.trunk else None
+        c,left,self.down = D,[D],nn.ModuleList()
         for i,m in enumerate(cfg.mults):
-            if i:                                                          # halve
-                wide = m*D if i==bottom else c
-                self.down.append(nn.Conv2d(c, wide, 3, 2, 1)); c,side = wide,side//2; left.append(c)
-            if i==bottom: left.pop(); break                                # a trunk has its own ways around its blocks
+            if i: self.down.append(nn.Conv2d(c, c, 3, 2, 1)); side = side//2; left.append(c) # halve
             for _ in range(cfg.blocks): self.down.append(Level(cfg, c, m*D, side)); c = m*D; left.append(c)
-        self.mid = nn.ModuleList([Trunk(c, cfg.trunk, cfg.head, side, cfg.E, cfg.context, cfg.dropout)] if cfg.trunk else [Level(cfg, c, c, side), Level(cfg, c, c, side)])
+        self.mid = nn.ModuleList([Level(cfg, c, c, side), Level(cfg, c, c, side)])
         self.up = nn.ModuleList()
         for i,m in reversed(list(enumerate(cfg.mults))):
-            for _ in range(0 if i==bottom else cfg.blocks+1): self.up.append(Level(cfg, c+left.pop(), m*D, side)); c = m*D
+            for _ in range(cfg.blocks+1): self.up.append(Level(cfg, c+left.pop(), m*D, side)); c = m*D
             if i: self.up.append(nn.Conv2d(c, cfg.mults[i-1]*D, 3, padding=1)); c,side = cfg.mults[i-1]*D,2*side
         self.norm,self.last = _norm(c),_zero(nn.Conv2d(c, cfg.out*p, 3, padding=1))
 
@@ -187,7 +181,6 @@ class UNet(nn.Module):
         for layer in self.down:
             x = layer(x) if isinstance(layer, nn.Conv2d) else layer(x, emb, context, seen)
             left.append(x)
-        if self.cfg.trunk: left.pop()
         for layer in self.mid: x = layer(x, emb, context, seen)
         for layer in self.up:
             if isinstance(layer, nn.Conv2d): x = F.interpolate(layer(x), scale_factor=2., mode='nearest') # convolve while it is small

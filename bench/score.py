@@ -6,6 +6,7 @@
 
 Columns: `one`, `two`, `count` (full captions of split val), `omissions` (val, captions that leave attributes out), `novel` (full captions
 with a shape-colour pair that was never trained). Intervals are the wider of Wilson's and a bootstrap over captions. Work is done in pieces of 100 captions; a run that was stopped goes on with the next piece.
+Columns of the same weights that an earlier run has measured, with another --n perhaps, stay in the result.
 """
 import argparse, hashlib, inspect, json, random, subprocess, sys, time
 from datetime import date
@@ -109,9 +110,12 @@ def main():
     for c,f in figures.items():                     # the wider of the two intervals
         low,high = over_captions(ask(c, a.n, a.seed)[1], [r for at in range(0, a.n, a.piece) for r in done[f'{c} {at}']['right']])
         f['all'] |= dict(low=round(min(low, f['all']['low']), 4), high=round(max(high, f['all']['high']), 4))
+    out = root/'nbs'/'results'/f'score_{a.name or a.system}.json'
+    before = json.loads(out.read_text()) if out.exists() else {}
+    if all(before.get(k) == v for k,v in what.items() if k != 'n'): figures = {c: figures.get(c, before['figures'].get(c)) for c in columns if c in figures or c in before['figures']} # of the same weights: other columns stay
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=root, capture_output=True, text=True).stdout.strip()
     seconds = round(sum(v['seconds'] for k,v in done.items() if k.split()[0] in a.columns), 1)
-    write(root/'nbs'/'results'/f'score_{a.name or a.system}.json', dict(command=' '.join(['python', 'bench/score.py', *sys.argv[1:]]), commit=commit,
+    write(out, dict(command=' '.join(['python', 'bench/score.py', *sys.argv[1:]]), commit=commit,
           date=str(date.today()), seconds=seconds, **what, figures=figures))
     for c,f in figures.items(): print(f"{c:10} {100*f['all']['share']:5.1f} %   [{100*f['all']['low']:.1f}, {100*f['all']['high']:.1f}]   n={f['all']['n']}")
 

@@ -79,7 +79,7 @@ def draw(
     return right
 
 # %% ../nbs/20_scale.ipynb #5d9921e3
-NEEDS = dict(clip=(), dvae=(), prior=('dvae',), unclip_prior=('clip',), decoder=('clip','dvae')) # in the order in which `train all` goes
+NEEDS = dict(clip=(), dvae=(), prior=('dvae',), unclip_prior=('clip',), decoder=('clip','dvae','prior')) # in the order in which `train all` goes
 
 def setup(
     name:str,            # one of `NEEDS`
@@ -97,8 +97,8 @@ def setup(
     source = partial(dict(clip=shapes.contrast_batch, decoder=shapes.singles_batch).get(name, shapes.draw_batch), px=px)
     reads = (tokenizer,) if hasattr(cfg, 'V') else ()
     model = model_class(cfg)
-    if name=='decoder': model.set_codebook(others['dvae'], shapes.draw_batch(0, 0, 0, 1000, px)[0].to(next(others['dvae'].parameters()).device))
-    return model,loss,module.batches(source, *reads, *(others[k] for k in NEEDS[name])),recipe
+    if name=='decoder': model.begin_with(others['prior'])                  # and looks through the others
+    return model,loss,module.batches(source, *reads, *(others[k] for k in NEEDS[name] if k!='prior')),recipe
 
 # %% ../nbs/20_scale.ipynb #78fc59a1
 def card(
@@ -117,7 +117,7 @@ def card(
 
 def _load(name, folder, device):
     "A trained model from `folder/name`, or the one that comes with the package"
-    cls = dict(clip=clip.CLIP, dvae=dvae.DVAE)[name]
+    cls = dict(clip=clip.CLIP, dvae=dvae.DVAE, prior=prior.Prior)[name]
     place = folder/name
     return cls.from_pretrained(place if place.is_dir() else 'laptop').to(device)
 
@@ -145,8 +145,9 @@ def train(
     if init and name=='all': raise ValueError(f'init={str(init)!r} is one model, and all are to be trained: name one')
     tokenizer,done,first = Tokenizer.load('laptop'),{},int(os.environ.get('RANK', 0))==0
     for one in NEEDS if name=='all' else [name]:
-        missing = [k for k in NEEDS[one] if size!='laptop' and not (folder/k/'model.safetensors').is_file()]
-        if missing: raise FileNotFoundError(f"{one} looks through {missing[0]}, and {folder/missing[0]} has no weights: dalle-edu train {missing[0]} --size {size} --out {folder}")
+        own = size!='laptop' or (folder/'dvae').is_dir()                   # then the shipped prior speaks of other code words
+        missing = [k for k in NEEDS[one] if (size!='laptop' or k=='prior' and own) and not (folder/k/'model.safetensors').is_file()]
+        if missing: raise FileNotFoundError(f"{one} needs {missing[0]}, and {folder/missing[0]} has no weights: dalle-edu train {missing[0]} --size {size} --out {folder}")
         torch.manual_seed(over.get('seed', 0))
         model,loss,batches,recipe = setup(one, size, tokenizer, {k: _load(k, folder, device) for k in NEEDS[one]})
         if init: _begin(model, init)

@@ -38,11 +38,14 @@ class DALLE2(Pipeline):
         ids:Tensor=None,           # (B,L) int64, captions; none if left out
         guidance:float=2.,         # 1 is none
         steps:int=20,              # of the decoder
+        temperature:float=.3,      # below 1 sharper
+        again:int=3,               # rounds of second thoughts: half of the words hidden and drawn anew
         progress=None,             # wraps the iterable of the steps, such as tqdm
     )->Tensor:                     # (B,3,px,px) in [-1,1]
         "Embedding (and caption) -> picture: the decoder chooses code words, the dVAE paints them"
-        def draw(*more): return noise([(*k, *more) for k in keys], self.decoder.cfg.N, self.decoder.cfg.c, device=self.device, normal=True)
-        return self.dvae.decode(sample_grid(self.decoder, z_i, draw(), ids, steps, guidance, noise=draw, progress=progress))
+        if not isinstance(again, int) or again<0: raise ValueError(f'again={again!r}: must be a whole number from 0')
+        u = noise(keys, 1+again, self.decoder.cfg.N, 2, device=self.device)
+        return self.dvae.decode(sample_grid(self.decoder, z_i, u, ids, steps, guidance, temperature, progress=progress))
 
     def generate(self,
         captions:list,             # B strings
@@ -54,10 +57,12 @@ class DALLE2(Pipeline):
         prior_guidance:float=1.,   # of the prior: how far to lean on the caption
         steps:int=20,              # of the decoder
         prior_steps:int=25,        # of the prior
+        temperature:float=.3,      # of the decoder's draws; below 1 sharper
+        again:int=3,               # its rounds of second thoughts
         progress=None,             # wraps the iterable of the decoder's steps, such as tqdm
     )->Tensor:                     # (B,n,3,px,px) in [-1,1]
         "Draw each caption `n` times. Errors: `ValueError` for bad arguments, and the tokenizer's for captions it cannot read"
         def draw(ids, keys, which):
             z_i = self.embed(ids, [(*k, 'z_i') for k in keys], prior_guidance, prior_steps)
-            return self.paint(z_i, [(*k, 'x') for k in keys], ids, guidance, steps, progress)
+            return self.paint(z_i, [(*k, 'x') for k in keys], ids, guidance, steps, temperature, again, progress)
         return self._draw(captions, n, seed, rerank, px, 64, draw)

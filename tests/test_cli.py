@@ -6,7 +6,10 @@ import pytest, torch
 from PIL import Image
 
 from dalle_edu import dvae, shapes
-from dalle_edu.cli import NEEDS, draw, main, sheet, train
+from dalle_edu.cli import NEEDS, draw, main, setup, sheet, train
+from dalle_edu.clip import CLIP
+from dalle_edu.prior import Prior
+from dalle_edu.text import Tokenizer
 
 env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
 ask = 'a large solid red heart on a white background'
@@ -61,8 +64,15 @@ def test_all_five_train_and_draw(tmp_path):
 
 def test_a_model_without_its_predecessor_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match='dalle-edu train clip --size gpu'): train('decoder', size='gpu', out=tmp_path, **tiny)
+    (tmp_path/'dvae').mkdir()                                             # another dVAE: the shipped prior speaks of other words
+    with pytest.raises(FileNotFoundError, match='decoder needs prior.*dalle-edu train prior --size laptop'): train('decoder', out=tmp_path, **tiny)
     with pytest.raises(ValueError, match='no model'): train('gan', out=tmp_path, **tiny)
     with pytest.raises(ValueError, match='no size'): train('clip', size='huge', out=tmp_path, **tiny)
+
+def test_the_decoder_begins_with_the_prior():
+    others = dict(clip=CLIP.from_pretrained('laptop'), dvae=dvae.DVAE.from_pretrained('laptop'), prior=Prior.from_pretrained('laptop'))
+    model = setup('decoder', 'laptop', Tokenizer.load('laptop'), others)[0]
+    for a,b in ((model.image,others['prior'].image),(model.head.weight,others['prior'].image_head.weight)): torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 def test_a_training_may_begin_with_given_weights(tmp_path):
     "After one step at a rate of almost nothing it is where it began; the card says where that was"

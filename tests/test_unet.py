@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from dalle_edu.diffusion import cosine_abar, diffusion_loss
-from dalle_edu.unet import PixelAttention, ResBlock, Trunk, UNet, UNetConfig, time_embedding
+from dalle_edu.unet import PixelAttention, ResBlock, UNet, UNetConfig, time_embedding
 
 tiny = UNetConfig(px=8, D=8, head=4, mults=(1,2), blocks=1, attn=(2,), cond=5, context=6)
 quick = settings(max_examples=15, deadline=None)
@@ -75,23 +75,6 @@ def test_attention_of_one_place_by_a_loop():
         out[part] = sum(a*v for a,v in zip(w, values))
     assert_close(attn(x, context)[0,:,1,0], x[0,:,1,0]+attn.out(out), atol=1e-5, rtol=1e-4)
 
-def test_an_unsteered_trunk_is_the_transformer_of_04():
-    torch.manual_seed(0)
-    trunk,x,context = Trunk(16, 2, tiny.head, 2, 32, context=6).eval(),randn(3, 16, 2, 2),randn(3, 4, 6, seed=1)
-    tokens = torch.cat([x.flatten(2).transpose(1, 2)+trunk.place,trunk.context(context)], 1)
-    assert_close(trunk(x, randn(3, 32), context), trunk.body(tokens)[:,:4].transpose(1, 2).view(3, 16, 2, 2), atol=1e-5, rtol=1e-4)
-
-def test_a_steered_block_written_plainly():
-    "adaLN, for one picture: what a branch reads is scaled and shifted, what it adds is scaled"
-    torch.manual_seed(0)
-    trunk,x,emb = awake(Trunk(8, 1, tiny.head, 2, 32)).eval(),randn(1, 8, 2, 2),randn(1, 32, seed=1)
-    s1,b1,g1,s2,b2,g2 = trunk.steer(F.silu(emb)).view(6, 8)+trunk.own[0]
-    block,y = trunk.body.blocks[0],x.flatten(2)[0].T+trunk.place
-    y = y+(1+g1)*block.attn((block.norm1(y)*(1+s1)+b1)[None])[0]
-    h = block.norm2(y)*(1+s2)+b2
-    want = y+(1+g2)*(F.gelu(h@block.up.weight.T+block.up.bias)@block.down.weight.T+block.down.bias)
-    assert_close(trunk(x, emb)[0].flatten(1).T, want, atol=1e-5, rtol=1e-4)
-
 def test_context_that_is_not_seen_might_as_well_not_be_there():
     net,(x,t,cond,context) = make(tiny).eval(),given_to(tiny)
     seen = torch.tensor([[True,True,False,False],[True]*4,[False]*4])
@@ -104,12 +87,6 @@ def test_what_is_seen_must_fit_the_context(seen):
     x,t,cond,context = given_to(tiny)
     with pytest.raises(ValueError, match='seen torch.*one boolean for each token'): make()(x, t, cond, context, seen)
     with pytest.raises(ValueError, match='seen torch'): make()(x, t, cond, None, torch.ones(3, 4, dtype=torch.bool))
-
-def test_a_trunk_does_not_see_what_is_not_seen():
-    torch.manual_seed(0)
-    trunk,x,emb,context = awake(Trunk(8, 2, 4, 2, 32, context=6)).eval(),randn(3, 8, 2, 2),randn(3, 32, seed=1),randn(3, 4, 6, seed=2)
-    seen = torch.tensor([[True,True,False,False],[True]*4,[False]*4]); y = trunk(x, emb, context, seen)
-    for i,n in enumerate((2,4,0)): assert_close(y[i:i+1], trunk(x[i:i+1], emb[i:i+1], context[i:i+1,:n]), atol=1e-4, rtol=1e-4)
 
 # The whole
 
